@@ -1,0 +1,55 @@
+"""Adapters beside frozen weights: LoRA and its kin, as peft computes them.
+
+Letters: r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from planner.ledger.operations import Operations
+from planner.ledger.tape import Tensor
+from planner.plan import Method
+
+__all__ = ["adapter_for", "is_target"]
+
+Adapter = Callable[[Operations, str, Tensor, str, Tensor], Tensor]
+
+
+def is_target(method: Method, name: str) -> bool:
+    """Whether the linear `name` (a module path) carries an adapter. `all-linear` leaves out the output head."""
+    leaf = name.rpartition(".")[2]
+    if "all-linear" in method.targets:
+        return leaf != "lm_head"
+    return leaf in method.targets or name in method.targets
+
+
+def adapter_for(method: Method) -> Adapter | None:
+    """What the method does to a targeted linear's product; None when it does nothing."""
+    if method.name not in ("lora", "qlora"):
+        return None
+
+    def apply(t: Operations, name: str, x: Tensor, out: str, result: Tensor) -> Tensor:
+        return _lora(t, method, name, x, out, result) if is_target(method, name) else result
+
+    return apply
+
+
+def _lora(t: Operations, method: Method, name: str, x: Tensor, out: str, result: Tensor) -> Tensor:
+    """result + scaling * B(A(dropout(x.to(adapter dtype)))), then back to the product's format.
+
+    peft/tuners/lora/layer.py, Linear.forward. With fp32 adapters beside a 16-bit weight: x is copied to fp32 and kept
+    for A's gradient, and four fp32 tensors as wide as the output pass by before the sum is cast back.
+    """
+    dtype = result.dtype
+    down, up = f"{name}.lora_A", f"{name}.lora_B"
+    rank = t.dim("r", method.rank)
+    first = t.weight(f"{down}.weight", (rank, x.dims[-1]), dtype=method.adapter_dtype, trainable=True)
+    second = t.weight(f"{up}.weight", (out, rank), dtype=method.adapter_dtype, trainable=True)
+    x = t.to(x, method.adapter_dtype)
+    x = t.dropout(x, method.dropout)
+    result = t.add(
+        result,
+        t.scale(t.product(t.product(x, first, (*x.dims[:-1], rank)), second, (*x.dims[:-1], out)), "scaling"),
+    )
+    return t.to(result, dtype)

@@ -1,0 +1,38 @@
+"""Token embedding and what is added to it.
+
+Letters: B batch, S sequence, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from planner.ledger.norm import normalise
+from planner.ledger.operations import Operations
+from planner.ledger.tape import Tensor
+from planner.model.shape import Embedding
+
+__all__ = ["embed"]
+
+
+def embed(t: Operations, spec: Embedding, batch: str = "B", sequence: str = "S") -> Tensor:
+    """Hidden states (B, S, H) of token ids. A trained table's gradient is dense, (V, H) (embedding_dense_backward)."""
+    rows, size = t.dim("V", spec.rows), t.dim("H", spec.size)
+    t.module = spec.name
+    table = t.weight(f"{spec.name}.weight", (rows, size))
+    (x,) = t.apply("embedding", [table], [((batch, sequence, size), table.dtype)])
+    if spec.scaled:
+        x = t.scale(x)
+    if spec.types:
+        types = t.weight(f"{spec.type_name}.weight", (t.dim("types", spec.types), size))
+        (kind,) = t.apply("embedding", [types], [((batch, sequence, size), types.dtype)])
+        x = t.add(x, kind)
+        del kind
+    if spec.positions:
+        places = t.weight(f"{spec.position_name}.weight", (t.dim("positions", spec.positions), size))
+        (place,) = t.apply("embedding", [places], [((t.position_batch(batch), sequence, size), places.dtype)])
+        x = t.add(x, place)
+        del place
+    x = normalise(t, spec.norm, spec.norm_name, x)
+    x = t.dropout(x, spec.dropout)
+    if spec.projection is not None:
+        x = t.linear(spec.projection_name, x, t.dim("H", spec.projection))
+    return x

@@ -1,0 +1,228 @@
+"""The operations that ledger programs are written in: for each, what it makes, what it saves, what it needs meanwhile.
+
+Each method states what torch's own formula for it saves (`tools/autograd/derivatives.yaml`, torch 2.x) and what the
+CUDA kernel allocates besides its result. `x.to(...)`, views and in-place forms follow torch's semantics, so a ledger
+program reads like the module it describes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from planner.formats import promote
+from planner.ledger.profile import Profile, profile_named
+from planner.ledger.tape import Dims, Parameter, Storage, Tape, Tensor, trains
+
+__all__ = ["Operations"]
+
+
+@dataclass(slots=True)
+class Operations(Tape):
+    """A tape with torch's operations on it.
+
+    weight_dtype: the format of a weight, by name; trainable: whether it trains; both are the plan's.
+    compute: format that autocast casts matrix products to; None outside autocast.
+    quantized: whether a linear's weight is stored in 4 bits and unpacked for each product, by module name.
+    adapter: wraps the product of a targeted linear (LoRA and its kin); None for linears that are not targeted.
+    """
+
+    weight_dtype: Callable[[str], str] = lambda _: "fp32"
+    trainable: Callable[[str], bool] = lambda _: True
+    compute: str | None = None
+    quantized: Callable[[str], bool] = lambda _: False
+    adapter: Callable[[Operations, str, Tensor, str, Tensor], Tensor] | None = None
+    prefix: str = ""
+    unpacked: str = "bf16"  # what 4-bit weights are unpacked to outside autocast
+    held: list[Storage] = field(default_factory=list)
+    profile: Profile = field(default_factory=lambda: profile_named("transformers"))
+    attention: str = "sdpa"
+    embedding_name: str = "model.embed_tokens.weight"  # the table that a tied head shares
+    rotary: tuple[Tensor, ...] = ()
+    masks: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    _known: dict[str, Parameter] = field(default_factory=dict)
+
+    # ---- weights ----------------------------------------------------------------------------------------------
+
+    def weight(self, name: str, dims: Dims, *, dtype: str | None = None, trainable: bool | None = None) -> Parameter:
+        """The parameter `name` of the running block, declared on first use."""
+        path = self.prefix + name
+        known = self._known.get(path)
+        if known is None:
+            known = self._known[path] = Parameter(
+                path,
+                dims,
+                self.weight_dtype(name) if dtype is None else dtype,
+                self.trainable(name) if trainable is None else trainable,
+            )
+            self.parameters.append(known)
+        return known
+
+    def cast(self, weight: Parameter) -> Tensor:
+        """autocast's copy of a weight in the compute format, kept in its cache until the forward pass ends.
+
+        torch/csrc/autograd autocast_mode.cpp, cached_cast: only fp32 leaves that require a gradient are cached.
+        """
+        assert self.compute is not None
+        known = self.casts.get(weight.name)
+        if known is None:
+            (known,) = self.apply("autocast weight", [weight], [(weight.dims, self.compute)])
+            if weight.trainable:
+                self.casts[weight.name] = known
+        return known
+
+    # ---- matrix products --------------------------------------------------------------------------------------
+
+    def linear(self, name: str, x: Tensor, out: str, *, bias: bool = False) -> Tensor:
+        """x @ W.T + b. Saves x if W trains; saves W (no memory unless it is a copy) if x needs a gradient."""
+        self.module = name
+        weight = self.weight(name + ".weight", (out, x.dims[-1]))
+        offset = self.weight(name + ".bias", (out,)) if bias else None
+        if self.quantized(name):
+            result = self._linear_4bit(weight, offset, x, out)
+        else:
+            result = self.product(x, weight, (*x.dims[:-1], out), offset)
+        return result if self.adapter is None else self.adapter(self, name, x, out, result)
+
+    def product(self, x: Tensor, weight: Parameter, dims: Dims, bias: Parameter | None = None) -> Tensor:
+        """A matrix product with a weight, under autocast or not."""
+        if self.compute is None:
+            inputs: list[Tensor | Parameter] = [x, weight]
+            if bias is not None:
+                inputs.append(bias)
+            return self.apply("linear", inputs, [(dims, x.dtype)], saves=[x if weight.trainable else None])[0]
+        x = self.to(x, self.compute)
+        copy = self.cast(weight) if weight.dtype != self.compute else weight
+        inputs = [x, copy]
+        if bias is not None:
+            inputs.append(self.cast(bias) if bias.dtype != self.compute else bias)
+        saves = [x if weight.trainable else None, copy if x.requires_grad and isinstance(copy, Tensor) else None]
+        return self.apply("linear", inputs, [(dims, self.compute)], saves=saves)[0]
+
+    def _linear_4bit(self, weight: Parameter, bias: Parameter | None, x: Tensor, out: str) -> Tensor:
+        """bitsandbytes MatMul4Bit: unpacks the weight for the product and again for its gradient; saves nothing."""
+        compute = self.compute or self.unpacked
+        inner = self.to(x, compute)
+        copy = ((out, x.dims[-1]), compute)
+        inputs: list[Tensor | Parameter] = [inner] if bias is None else [inner, bias]
+        (result,) = self.apply(
+            "linear 4-bit",
+            inputs,
+            [((*x.dims[:-1], out), compute)],
+            scratch=[copy],
+            backward_scratch=[copy],
+        )
+        return self.to(result, x.dtype)
+
+    def matmul(self, first: Tensor, second: Tensor, dims: Dims) -> Tensor:
+        """Batched product of two activations; each is saved if the other needs a gradient."""
+        if self.compute is not None:
+            first, second = self.to(first, self.compute), self.to(second, self.compute)
+        saves = [first if second.requires_grad else None, second if first.requires_grad else None]
+        return self.apply("matmul", [first, second], [(dims, first.dtype)], saves=saves)[0]
+
+    # ---- elementwise ------------------------------------------------------------------------------------------
+
+    def to(self, x: Tensor, dtype: str) -> Tensor:
+        """A copy in another format, or x itself."""
+        return x if x.dtype == dtype else self.apply("to", [x], [(x.dims, dtype)])[0]
+
+    def add(self, first: Tensor, second: Tensor) -> Tensor:
+        """Sum of two tensors; the gradient passes through unchanged, so it needs no memory of its own."""
+        dims = first.dims if len(first.dims) >= len(second.dims) else second.dims
+        dtype = promote(first.dtype, second.dtype)
+        alias = first.dtype == dtype and second.dtype == dtype and first.dims == second.dims
+        return self.apply("add", [first, second], [(dims, dtype)], alias=alias)[0]
+
+    def add_(self, x: Tensor, other: Tensor) -> Tensor:
+        """In-place sum: the result has x's storage."""
+        return self.apply("add_", [x, other], [(x.dims, x.dtype)], alias=True, in_place=True)[0]
+
+    def mul(self, first: Tensor | Parameter, second: Tensor | Parameter, dims: Dims | None = None) -> Tensor:
+        """Product of two tensors or of a weight and a tensor; each is saved if the other needs a gradient."""
+        if dims is None:
+            dims = first.dims if self._wider(first, second) else second.dims
+        dtype = promote(first.dtype, second.dtype)
+        inputs = [first, second]
+        saves = [
+            first if isinstance(first, Tensor) and trains(second) else None,
+            second if isinstance(second, Tensor) and trains(first) else None,
+        ]
+        scratch = [(dims, dtype)] if any(trains(value) and value.dims != dims for value in inputs) else []
+        return self.apply("mul", inputs, [(dims, dtype)], saves=saves, backward_scratch=scratch)[0]
+
+    @staticmethod
+    def _wider(first: Tensor | Parameter, second: Tensor | Parameter) -> bool:
+        if len(first.dims) != len(second.dims):
+            return len(first.dims) > len(second.dims)
+        return sum(dim == "1" for dim in first.dims) <= sum(dim == "1" for dim in second.dims)
+
+    def scale(self, x: Tensor, operator: str = "scale") -> Tensor:
+        """x times a Python number: nothing is saved."""
+        return self.apply(operator, [x], [(x.dims, x.dtype)])[0]
+
+    def map(self, operator: str, x: Tensor, *, saves: str = "input", dtype: str | None = None) -> Tensor:
+        """An elementwise function that saves its `input`, its `output`, or `nothing`.
+
+        input: silu, gelu, pow, abs, softplus, log_sigmoid. output: tanh, sigmoid, exp, relu, sqrt, rsqrt, softmax.
+        """
+        return self.apply(
+            operator,
+            [x],
+            [(x.dims, dtype or x.dtype)],
+            saves=[x] if saves == "input" else (),
+            saves_outputs=(0,) if saves == "output" else (),
+        )[0]
+
+    def dropout(self, x: Tensor, probability: float) -> Tensor:
+        """Dropout: CUDA's fused kernel keeps one byte an element; nothing happens at probability 0."""
+        if not probability:
+            return x
+        mask = [(x.dims, "bool")]
+        return self.apply("dropout", [x], [(x.dims, x.dtype)], extra_saved=mask)[0]
+
+    # ---- shapes -----------------------------------------------------------------------------------------------
+
+    def view(self, x: Tensor, dims: Dims) -> Tensor:
+        """Another shape of the same memory."""
+        return self.apply("view", [x], [(dims, x.dtype)], view=True)[0]
+
+    def copy(self, x: Tensor, dims: Dims | None = None, operator: str = "copy") -> Tensor:
+        """The same elements in memory of their own: contiguous(), clone(), expand().reshape()."""
+        return self.apply(operator, [x], [(dims or x.dims, x.dtype)], alias=dims is None)[0]
+
+    def slices(self, x: Tensor, parts: Sequence[Dims]) -> list[Tensor]:
+        """x[..., a:b] for each part, as views; each gradient is first written into zeros of x's full size."""
+        return [self.apply("slice", [x], [(part, x.dtype)], view=True, copies=True)[0] for part in parts]
+
+    def split(self, x: Tensor, parts: Sequence[Dims]) -> list[Tensor]:
+        """x.split or chunk: views of x; their gradients are put together into one tensor."""
+        return self.apply("split", [x], [(part, x.dtype) for part in parts], view=True, copies=True)
+
+    def cat(self, parts: Sequence[Tensor], dims: Dims, operator: str = "cat") -> Tensor:
+        """Concatenation; the parts' gradients are views of the result's."""
+        dtype = parts[0].dtype
+        for part in parts[1:]:
+            dtype = promote(dtype, part.dtype)
+        return self.apply(operator, list(parts), [(dims, dtype)], alias=True)[0]
+
+    def hold(self, *tensors: Tensor) -> None:
+        """Keep tensors that every block uses (rotary tables, masks) until the step ends."""
+        self.held.extend(tensor.storage for tensor in tensors)
+
+    def mask(self, queries: str, keys: str, dtype: str) -> Tensor:
+        """The additive attention mask, one row of (S, S) for each example, made once and shared."""
+        known = self.masks.get((queries, keys))
+        if known is None:
+            known = self.masks[(queries, keys)] = self.constant("mask", ("B", "1", queries, keys), dtype)
+        return known
+
+    def softmax_fp32(self, scores: Tensor) -> Tensor:
+        """softmax(scores, dtype=float32).to(scores.dtype): keeps the fp32 result."""
+        dtype = scores.dtype
+        scores = self.to(scores, "fp32")
+        return self.to(self.map("softmax", scores, saves="output"), dtype)
+
+    def position_batch(self, batch: str) -> str:
+        """The batch dim of position embeddings: one row of positions serves the whole batch."""
+        return "1"

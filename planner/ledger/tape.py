@@ -1,0 +1,360 @@
+"""A tape on which a layer's forward pass is written once, on shapes instead of tensors.
+
+A ledger program looks like the module it describes: it calls `tape.linear`, `tape.mul`, `tape.scaled_dot_product`, and
+its local variables keep results alive exactly as they do in the module, because a `Storage` is freed by Python's own
+reference count, as a tensor's is. The tape records every allocation and release in order; `backward` replays autograd
+over what was recorded. Memory at any moment, the saved tensors of a layer and its breakdown are folds over that record.
+
+Rules of autograd that the tape follows (torch 2.x, `torch/csrc/autograd`):
+    1. An operation gets a backward node if any of its inputs requires a gradient; what it saves depends on which.
+    2. A node releases what it saved once its backward function has returned, and its output's gradient with it.
+    3. Nodes run newest first. A second gradient for the same tensor is added in place if nobody else refers to the
+       first, and into a new tensor otherwise.
+    4. The first gradient of a parameter becomes its `.grad` without a copy; a later one is added in place.
+
+Sizes may be integers or NumPy arrays: the record is the same, and then it answers for a whole grid of plans.
+Dims are names ("B", "S", "H") looked up in `sizes`; a row of the ledger therefore keeps its symbolic shape.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from planner.formats import BITS
+
+__all__ = ["ALLOCATION_BYTES", "Node", "Parameter", "Row", "Storage", "Tape", "Tensor", "allocated_bytes", "trains"]
+
+ALLOCATION_BYTES = 512  # c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize: every request is rounded up to it
+
+Dims = tuple[str, ...]
+
+
+def allocated_bytes(size: Any) -> Any:
+    """Bytes that torch's CUDA allocator counts for a request of `size` bytes (a number or an array).
+
+    >>> allocated_bytes(1), allocated_bytes(512), allocated_bytes(513)
+    (512, 512, 1024)
+    """
+    return (size + (ALLOCATION_BYTES - 1)) // ALLOCATION_BYTES * ALLOCATION_BYTES
+
+
+@dataclass(slots=True)
+class Row:
+    """One allocation: who made it, its symbolic shape, its format, its bytes and what it was for."""
+
+    operator: str
+    module: str
+    dims: Dims
+    dtype: str
+    size: Any
+    segment: int
+    role: str = "temporary"  # temporary | saved | gradient | cast
+
+
+class Storage:
+    """A block of memory that lives as long as something refers to it."""
+
+    __slots__ = ("_events", "index")
+
+    def __init__(self, events: list[int], index: int) -> None:
+        self._events = events
+        self.index = index
+        events.append(index)
+
+    def __del__(self) -> None:
+        self._events.append(-self.index)
+
+
+class Tensor:
+    """A shape, a format and a reference to the storage behind it."""
+
+    __slots__ = ("dims", "dtype", "node", "output", "requires_grad", "storage")
+
+    def __init__(
+        self, storage: Storage, dims: Dims, dtype: str, *, requires_grad: bool, node: Node | None, output: int
+    ) -> None:
+        self.storage = storage
+        self.dims = dims
+        self.dtype = dtype
+        self.requires_grad = requires_grad
+        self.node = node
+        self.output = output
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A weight as the tape sees it: dims and format, whether it trains, and the format it is stored in."""
+
+    name: str
+    dims: Dims
+    dtype: str
+    trainable: bool
+
+
+class Node:
+    """The backward function of one operation."""
+
+    __slots__ = ("edges", "grads", "module", "operator", "recompute", "saved", "scratch", "segment")
+
+    def __init__(self, operator: str, module: str, segment: int, outputs: int) -> None:
+        self.operator = operator
+        self.module = module
+        self.segment = segment
+        self.saved: list[Storage] = []
+        self.edges: list[Edge] = []
+        self.scratch: tuple[tuple[Dims, str], ...] = ()
+        self.grads: list[Storage | None] = [None] * outputs
+        self.recompute: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(slots=True)
+class Edge:
+    """Where the gradient of one input goes, and whether it needs memory of its own."""
+
+    target: Node | None
+    output: int
+    parameter: Parameter | None
+    alias: bool
+    dims: Dims
+    dtype: str
+
+
+@dataclass(slots=True)
+class Tape:
+    """The record of one forward and backward pass over a few segments (embedding, one block of each kind, head).
+
+    sizes: what each dim name stands for.
+    enabled: False inside torch.no_grad, as in the first pass over a checkpointed block.
+    accumulate: gradients already exist (gradient accumulation): new ones are added into them and freed.
+    hooked: gradients are consumed as soon as they are ready (optimizer in backward, sharded reduction).
+    """
+
+    sizes: dict[str, Any]
+    enabled: bool = True
+    accumulate: bool = False
+    hooked: bool = False
+    reentrant: bool = True
+    rows: list[Row] = field(default_factory=list)
+    events: list[int] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    marks: list[tuple[str, int, int]] = field(default_factory=list)  # (phase, segment, first event)
+    segment: int = 0
+    module: str = ""
+    saved: set[int] = field(default_factory=set)
+    gradients: dict[str, Storage] = field(default_factory=dict)
+    casts: dict[str, Storage] = field(default_factory=dict)
+    parameters: list[Parameter] = field(default_factory=list)
+    operations: list[tuple[str, str, int, Any]] = field(default_factory=list)  # (operator, module, segment, flops)
+    _bytes: dict[tuple[Dims, str], Any] = field(default_factory=dict)
+
+    # ---- allocation -------------------------------------------------------------------------------------------
+
+    def bytes_of(self, dims: Dims, dtype: str) -> Any:
+        """Allocated bytes of a tensor of these dims and this format."""
+        key = (dims, dtype)
+        known = self._bytes.get(key)
+        if known is None:
+            known = self._bytes[key] = allocated_bytes((self.elements(dims) * BITS[dtype] + 7) // 8)
+        return known
+
+    def elements(self, dims: Iterable[str]) -> Any:
+        """Number of elements of a tensor of these dims."""
+        count: Any = 1
+        for dim in dims:
+            count = count * self.sizes[dim]
+        return count
+
+    def allocate(self, operator: str, dims: Dims, dtype: str, role: str = "temporary") -> Storage:
+        """A new storage, entered into the record."""
+        self.rows.append(Row(operator, self.module, dims, dtype, self.bytes_of(dims, dtype), self.segment, role))
+        return Storage(self.events, len(self.rows))
+
+    def begin(self, phase: str, segment: int) -> None:
+        """Start a stretch of the record: `phase` is forward or backward."""
+        self.segment = segment
+        if not self.marks or self.marks[-1][:2] != (phase, segment):
+            self.marks.append((phase, segment, len(self.events)))
+
+    def dim(self, name: str, size: Any) -> str:
+        """The name under which `size` is known: `name`, or `name'` when another layer kind took that name already."""
+        while True:
+            known = self.sizes.get(name)
+            if known is None:
+                self.sizes[name] = size
+                return name
+            if known is size or bool(known == size):
+                return name
+            name += "'"
+
+    def constant(self, operator: str, dims: Dims, dtype: str) -> Tensor:
+        """A tensor that needs no gradient: ids, masks, rotary tables."""
+        return Tensor(self.allocate(operator, dims, dtype), dims, dtype, requires_grad=False, node=None, output=0)
+
+    # ---- the one rule behind every operation -------------------------------------------------------------------
+
+    def apply(
+        self,
+        operator: str,
+        inputs: Sequence[Tensor | Parameter],
+        outputs: Sequence[tuple[Dims, str]],
+        *,
+        saves: Sequence[Tensor | None] = (),
+        saves_outputs: Sequence[int] = (),
+        extra_saved: Sequence[tuple[Dims, str]] = (),
+        alias: bool = False,
+        view: bool = False,
+        copies: bool = False,
+        in_place: bool = False,
+        scratch: Sequence[tuple[Dims, str]] = (),
+        backward_scratch: Sequence[tuple[Dims, str]] = (),
+        gradient_dims: Sequence[tuple[Dims, str] | None] | None = None,
+    ) -> list[Tensor]:
+        """Run one operation and record it.
+
+        saves: inputs kept for backward (None entries are skipped); saves_outputs: outputs kept, by position;
+        extra_saved: further tensors made only for backward (masks, statistics).
+        alias: the gradient of every input is the output's gradient itself (add, views).
+        view: outputs share the first input's storage, and the gradient is the output's own unless it `copies`;
+        in_place: the output is the first input's memory.
+        scratch, backward_scratch: tensors that live only while the operation runs.
+        gradient_dims: size of each input's gradient where it is not the input's own.
+        """
+        requires_grad = self.enabled and any(trains(value) for value in inputs)
+        node = Node(operator, self.module, self.segment, len(outputs)) if requires_grad else None
+        held = [self.allocate(operator, dims, dtype) for dims, dtype in scratch]
+        results = []
+        for position, (dims, dtype) in enumerate(outputs):
+            shares = view or in_place
+            storage = inputs[0].storage if shares else self.allocate(operator, dims, dtype)  # type: ignore[union-attr]
+            results.append(Tensor(storage, dims, dtype, requires_grad=requires_grad, node=node, output=position))
+        if node is not None:
+            node.scratch = tuple(backward_scratch)
+            for value in saves:
+                if value is not None:
+                    self._save(node, value.storage)
+            for position in saves_outputs:
+                self._save(node, results[position].storage)
+            for dims, dtype in extra_saved:
+                self._save(node, self.allocate(operator, dims, dtype))
+            for position, value in enumerate(inputs):
+                if trains(value):
+                    size = gradient_dims[position] if gradient_dims is not None else None
+                    node.edges.append(_edge(value, size or (value.dims, value.dtype), alias or (view and not copies)))
+            self.nodes.append(node)
+        elif extra_saved:
+            held.extend(self.allocate(operator, dims, dtype) for dims, dtype in extra_saved)
+        held.clear()
+        return results
+
+    def _save(self, node: Node, storage: Storage) -> None:
+        node.saved.append(storage)
+        self.saved.add(storage.index)
+
+    # ---- backward ----------------------------------------------------------------------------------------------
+
+    def backward(self, loss: Tensor, first: int = 0) -> None:
+        """Replay autograd from `loss` back to the node recorded at position `first`."""
+        assert loss.node is not None, "the loss depends on nothing that trains"
+        if loss.node.grads[loss.output] is None:
+            loss.node.grads[loss.output] = self.allocate("ones_like", loss.dims, loss.dtype)
+        self.run_backward(first)
+
+    def run_backward(self, first: int = 0) -> None:
+        """Run every recorded node that has received a gradient, newest first, down to position `first`."""
+        segment = None
+        while len(self.nodes) > first:
+            node = self.nodes.pop()
+            if node.segment != segment:
+                segment = node.segment
+                self.begin("backward", segment)
+            if any(grad is not None for grad in node.grads):
+                self._run(node)
+
+    def checkpoint(self, program: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Run `program` without recording what it would save, and run it again when its gradient is needed.
+
+        What stays alive in between is `x`. During the second run the block's own output stays alive until its
+        backward is done (torch/utils/checkpoint.py: a local variable of the reentrant form holds it; the
+        non-reentrant form stops before the last operations, which is the same but for that output).
+        """
+        enabled, self.enabled = self.enabled, False
+        result = program(x)
+        self.enabled = enabled
+        if not enabled:
+            return result
+        node = Node("checkpoint", self.module, self.segment, 1)
+        self._save(node, x.storage)
+        node.edges.append(Edge(x.node, x.output, None, True, x.dims, x.dtype))
+        node.recompute = program
+        self.nodes.append(node)
+        return Tensor(result.storage, result.dims, result.dtype, requires_grad=True, node=node, output=0)
+
+    def _rerun(self, node: Node) -> None:
+        assert node.recompute is not None
+        edge = node.edges[0]
+        sink = Node("leaf", node.module, node.segment, 1)
+        x = Tensor(node.saved[0], edge.dims, edge.dtype, requires_grad=True, node=sink, output=0)
+        first = len(self.nodes)
+        result = node.recompute(x)
+        if result.node is not None:
+            result.node.grads[result.output] = node.grads[0]
+            node.grads.clear()
+            node.saved.clear()
+            del x
+            self.run_backward(first)
+            if not self.reentrant:
+                del result
+        incoming = sink.grads.pop()
+        if incoming is not None:
+            self._deliver(edge, incoming)
+
+    def _run(self, node: Node) -> None:
+        if node.recompute is not None:
+            self._rerun(node)
+            return
+        self.module = node.module
+        operator = f"{node.operator} backward"
+        incoming = next(grad for grad in node.grads if grad is not None)
+        held = [self.allocate(operator, dims, dtype) for dims, dtype in node.scratch]
+        produced = [
+            incoming
+            if edge.alias
+            else self.allocate(operator, edge.dims, edge.dtype, "gradient" if edge.parameter else "temporary")
+            for edge in node.edges
+        ]
+        del incoming
+        node.saved.clear()
+        node.grads.clear()
+        held.clear()
+        for edge in node.edges:
+            self._deliver(edge, produced.pop(0))
+
+    def _deliver(self, edge: Edge, grad: Storage) -> None:
+        if edge.parameter is not None:
+            if not self.hooked and not self.accumulate:
+                self.gradients.setdefault(edge.parameter.name, grad)
+            return
+        target = edge.target
+        if target is None:
+            return
+        known = target.grads[edge.output]
+        if known is None:
+            target.grads[edge.output] = grad
+            return
+        del known
+        if sys.getrefcount(target.grads[edge.output]) > 2:  # the list and the argument: somebody else looks at it
+            target.grads[edge.output] = self.allocate("accumulate gradient", edge.dims, edge.dtype)
+
+
+def trains(value: Tensor | Parameter) -> bool:
+    """Whether a gradient flows to this value."""
+    return value.trainable if isinstance(value, Parameter) else value.requires_grad
+
+
+def _edge(value: Tensor | Parameter, size: tuple[Dims, str], alias: bool) -> Edge:
+    if isinstance(value, Parameter):
+        return Edge(None, 0, value, False, size[0], size[1])
+    return Edge(value.node, value.output, None, alias, size[0], size[1])

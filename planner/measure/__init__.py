@@ -1,0 +1,1 @@
+"""Everything that imports torch: the dry run, recorded GPU runs and calibration."""

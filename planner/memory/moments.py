@@ -1,0 +1,95 @@
+"""The moments of a training step: a fold over the ledger's record that finds what is live when.
+
+Forward runs the segments in order (embedding, blocks, head); backward runs them in reverse. Level is what the pass
+itself holds, over the states that outlive it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.ledger.step import CATEGORIES, StepRecord, Stretch
+
+__all__ = ["PassLevels", "pass_levels"]
+
+
+@dataclass(frozen=True, slots=True)
+class PassLevels:
+    """Levels in bytes over the states. `forward_breakdown` and `backward_breakdown` are by category, at the peaks."""
+
+    forward_peak: Any
+    forward_end: Any
+    backward_peak: Any
+    end: Any
+    forward_breakdown: dict[str, Any]
+    backward_breakdown: dict[str, Any]
+    forward_where: int
+    backward_where: int
+
+
+def pass_levels(record: StepRecord, extra: Sequence[Any] | None = None) -> PassLevels:
+    """Peaks and ends of one forward and backward pass; `extra` adds bytes during each position's stretch."""
+    order = (0, *record.layers, record.head)
+    forward = [record.forward[segment] for segment in order]
+    release = [record.release[segment] for segment in order if segment in record.release]
+    backward = [record.backward[segment] for segment in reversed(order) if segment in record.backward]
+    zero = np.int64(0)
+    forward_end = _total(forward, zero)
+    released = _total(release, forward_end)
+    forward_peak, forward_where = _highest(forward, zero)
+    backward_peak, backward_where = _highest(backward, released)
+    return PassLevels(
+        forward_peak,
+        forward_end,
+        backward_peak,
+        _total(backward, released),
+        _breakdown(record, forward[:forward_where], forward[forward_where]),
+        _breakdown(record, [*forward, *release, *backward[:backward_where]], backward[backward_where]),
+        forward_where,
+        len(order) - 1 - backward_where,
+    )
+
+
+def _total(stretches: Sequence[Stretch], start: Any) -> Any:
+    for stretch in stretches:
+        start = start + stretch.total
+    return start
+
+
+def _highest(stretches: Sequence[Stretch], start: Any) -> tuple[Any, int]:
+    """The highest level over the stretches, and the position of the stretch where it is (of a grid: its largest)."""
+    best, where = start, 0
+    for position, stretch in enumerate(stretches):
+        level = start + stretch.peak
+        if np.max(level) > np.max(best):
+            where = position
+        best = np.maximum(best, level)
+        start = start + stretch.total
+    return best, where
+
+
+def _breakdown(record: StepRecord, before: Sequence[Stretch], at: Stretch) -> dict[str, Any]:
+    counts: NDArray[np.int64] = np.zeros(len(CATEGORIES), dtype=np.int64)
+    seen: dict[int, NDArray[np.int64]] = {}
+    for stretch in before:
+        known = seen.get(id(stretch))
+        if known is None:
+            known = seen[id(stretch)] = _by_category(record, stretch, len(stretch.deltas))
+        counts = counts + known
+    if at.deltas.ndim == 1 and len(at.deltas):
+        running = np.cumsum(at.deltas)
+        stop = int(np.argmax(running)) + 1 if running.max() > 0 else 0
+        counts = counts + _by_category(record, at, stop)
+    return dict(zip(CATEGORIES, (int(count) for count in counts), strict=True))
+
+
+def _by_category(record: StepRecord, stretch: Stretch, stop: int) -> NDArray[np.int64]:
+    counts = np.zeros(len(CATEGORIES), dtype=np.int64)
+    if stretch.deltas.ndim == 1:
+        np.add.at(counts, record.categories[stretch.rows[:stop]], stretch.deltas[:stop])
+    return counts
