@@ -16,6 +16,10 @@ from planner.ledger.tape import Dims, Parameter, Storage, Tape, Tensor, trains
 
 __all__ = ["Operations"]
 
+# Tensors as large as the input that the derivative of an elementwise function makes on its way:
+# pow(x, n): n * x ** (n - 1) before it meets the gradient (FunctionsManual.cpp, pow_backward).
+_BACKWARD_SCRATCH = {"pow": 2}
+
 
 @dataclass(slots=True)
 class Operations(Tape):
@@ -131,8 +135,8 @@ class Operations(Tape):
         """Sum of two tensors; the gradient passes through unchanged, so it needs no memory of its own."""
         dims = first.dims if len(first.dims) >= len(second.dims) else second.dims
         dtype = promote(first.dtype, second.dtype)
-        alias = first.dtype == dtype and second.dtype == dtype and first.dims == second.dims
-        return self.apply("add", [first, second], [(dims, dtype)], alias=alias)[0]
+        same = [value.dims == dims and value.dtype == dtype for value in (first, second)]
+        return self.apply("add", [first, second], [(dims, dtype)], alias=same)[0]
 
     def add_(self, x: Tensor, other: Tensor) -> Tensor:
         """In-place sum: the result has x's storage."""
@@ -148,8 +152,8 @@ class Operations(Tape):
             first if isinstance(first, Tensor) and trains(second) else None,
             second if isinstance(second, Tensor) and trains(first) else None,
         ]
-        scratch = [(dims, dtype)] if any(trains(value) and value.dims != dims for value in inputs) else []
-        return self.apply("mul", inputs, [(dims, dtype)], saves=saves, backward_scratch=scratch)[0]
+        raw = [None if value.dims == dims and value.dtype == dtype else (dims, dtype) for value in inputs]
+        return self.apply("mul", inputs, [(dims, dtype)], saves=saves, raw_gradients=raw)[0]
 
     @staticmethod
     def _wider(first: Tensor | Parameter, second: Tensor | Parameter) -> bool:
@@ -166,12 +170,14 @@ class Operations(Tape):
 
         input: silu, gelu, pow, abs, softplus, log_sigmoid. output: tanh, sigmoid, exp, relu, sqrt, rsqrt, softmax.
         """
+        size = (x.dims, dtype or x.dtype)
         return self.apply(
             operator,
             [x],
-            [(x.dims, dtype or x.dtype)],
+            [size],
             saves=[x] if saves == "input" else (),
             saves_outputs=(0,) if saves == "output" else (),
+            backward_scratch=[size] * _BACKWARD_SCRATCH.get(operator, 0),
         )[0]
 
     def dropout(self, x: Tensor, probability: float) -> Tensor:

@@ -120,6 +120,7 @@ class Edge:
     alias: bool
     dims: Dims
     dtype: str
+    raw: tuple[Dims, str] | None = None  # what the formula yields before it is summed and cast to dims and dtype
 
 
 @dataclass(slots=True)
@@ -204,23 +205,26 @@ class Tape:
         saves: Sequence[Tensor | None] = (),
         saves_outputs: Sequence[int] = (),
         extra_saved: Sequence[tuple[Dims, str]] = (),
-        alias: bool = False,
+        alias: bool | Sequence[bool] = False,
         view: bool = False,
         copies: bool = False,
         in_place: bool = False,
         scratch: Sequence[tuple[Dims, str]] = (),
         backward_scratch: Sequence[tuple[Dims, str]] = (),
         gradient_dims: Sequence[tuple[Dims, str] | None] | None = None,
+        raw_gradients: Sequence[tuple[Dims, str] | None] = (),
     ) -> list[Tensor]:
         """Run one operation and record it.
 
         saves: inputs kept for backward (None entries are skipped); saves_outputs: outputs kept, by position;
         extra_saved: further tensors made only for backward (masks, statistics).
-        alias: the gradient of every input is the output's gradient itself (add, views).
+        alias: the gradient of every input is the output's gradient itself (add, views); or that, for each input.
         view: outputs share the first input's storage, and the gradient is the output's own unless it `copies`;
         in_place: the output is the first input's memory.
         scratch, backward_scratch: tensors that live only while the operation runs.
         gradient_dims: size of each input's gradient where it is not the input's own.
+        raw_gradients: what the formula makes for each input before autograd sums it to the input's shape and casts
+        it to the input's format (engine.cpp, validate_outputs: once all gradients of the node exist).
         """
         requires_grad = self.enabled and any(trains(value) for value in inputs)
         node = Node(operator, self.module, self.segment, len(outputs)) if requires_grad else None
@@ -242,7 +246,10 @@ class Tape:
             for position, value in enumerate(inputs):
                 if trains(value):
                     size = gradient_dims[position] if gradient_dims is not None else None
-                    node.edges.append(_edge(value, size or (value.dims, value.dtype), alias or (view and not copies)))
+                    shared = alias if isinstance(alias, bool) else alias[position]
+                    edge = _edge(value, size or (value.dims, value.dtype), shared or (view and not copies))
+                    edge.raw = raw_gradients[position] if raw_gradients else None
+                    node.edges.append(edge)
             self.nodes.append(node)
         elif extra_saved:
             held.extend(self.allocate(operator, dims, dtype) for dims, dtype in extra_saved)
@@ -322,13 +329,19 @@ class Tape:
         produced = [
             incoming
             if edge.alias
+            else self.allocate(operator, *edge.raw)
+            if edge.raw is not None
             else self.allocate(operator, edge.dims, edge.dtype, "gradient" if edge.parameter else "temporary")
             for edge in node.edges
         ]
+        held.clear()
+        for position, edge in enumerate(node.edges):
+            if edge.raw is not None:
+                role = "gradient" if edge.parameter else "temporary"
+                produced[position] = self.allocate(operator, edge.dims, edge.dtype, role)
         del incoming
         node.saved.clear()
         node.grads.clear()
-        held.clear()
         for edge in node.edges:
             self._deliver(edge, produced.pop(0))
 

@@ -28,8 +28,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from planner.errors import PlanError, nearest
-from planner.measure.cuda_semantics import CudaSemantics
-from planner.measure.live_memory import Allocation, LiveMemory, LiveTensor, Peak
+from planner.measure.cuda_semantics import KERNEL_SCRATCH, CudaSemantics
+from planner.measure.live_memory import ALLOCATION_GRANULARITY_BYTES, Allocation, LiveMemory, LiveTensor, Peak
 from planner.measure.transformers_edge import build_causal_lm, with_adapters, without_gpu_checks
 
 __all__ = ["DryRun", "Saved", "materialise", "replay", "replay_config", "replay_training_step"]
@@ -128,6 +128,7 @@ def replay(
     vocabulary_size: int | None = None,
     workspace_bytes: int = 0,
     record_saved: bool = False,
+    granularity: int = ALLOCATION_GRANULARITY_BYTES,
 ) -> DryRun:
     """Replay `step` once on `model`, already materialised under `mode`, and report the last occurrence of each phase.
 
@@ -138,7 +139,7 @@ def replay(
     with ExitStack() as stack:
         stack.enter_context(without_gpu_checks())
         stack.enter_context(mode)
-        memory = stack.enter_context(LiveMemory())
+        memory = stack.enter_context(LiveMemory(granularity=granularity, scratch=KERNEL_SCRATCH))
         stack.enter_context(CudaSemantics(kernel=kernel))
         memory.name_modules(model)
         memory.adopt(model.parameters(), role="weights")
@@ -235,6 +236,7 @@ def replay_training_step(
     hold_loss: bool = False,
     workspace_bytes: int = 0,
     record_saved: bool = False,
+    granularity: int = ALLOCATION_GRANULARITY_BYTES,
 ) -> DryRun:
     """Replay `steps` reference steps of the model that `build_model` makes, and report the last.
 
@@ -300,7 +302,7 @@ def replay_training_step(
             memory.mark("steady")
 
     return replay(
-        step, model=model, mode=mode, kernel=kernel, workspace_bytes=workspace_bytes, record_saved=record_saved,
+        step, model=model, mode=mode, kernel=kernel, workspace_bytes=workspace_bytes, record_saved=record_saved, granularity=granularity,
         vocabulary_size=getattr(config, "vocab_size", None),
     )  # fmt: skip
 

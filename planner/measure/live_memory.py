@@ -13,8 +13,9 @@ Not seen: memory that a kernel takes and returns inside one operator. Where that
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,16 +28,44 @@ __all__ = ["ALLOCATION_GRANULARITY_BYTES", "LiveMemory", "LiveTensor", "Peak", "
 
 ALLOCATION_GRANULARITY_BYTES = 512
 
+# Derivative formulas avoid in-place operators on tensor subclasses, fake tensors among them (FunctionsManual.cpp,
+# `areAnyTensorSubclassLike`); on plain tensors they scatter into their fresh zeros in place. Put back what really happens.
+_OUT_OF_PLACE_FOR_SUBCLASSES = {
+    torch.ops.aten.scatter.src: torch.ops.aten.scatter_.src,
+    torch.ops.aten.scatter_add.default: torch.ops.aten.scatter_add_.default,
+    torch.ops.aten.index_put.default: torch.ops.aten.index_put_.default,
+}
+
 _untyped_storage = torch.Tensor.untyped_storage
 
 
-def rounded_bytes(nbytes: int) -> int:
+# `Tensor._use_count` as this mode sees it when the engine's buffer is the only holder: the buffer, and the wrapper's own three.
+_SOLE_HOLDER = 4
+
+
+def _accumulates(args: Any) -> bool:
+    """Whether these are the arguments of an addition by which autograd's engine adds up gradients in place.
+
+    torch/csrc/autograd/input_buffer.cpp, `can_accumulate_inplace`: the first gradient is dense, nobody else holds it, and no
+    other tensor shares its storage (a gradient that is a view keeps its base alive). The engine asks, too, that it be no
+    subclass, which a fake tensor is: so it adds out of place here, where on plain tensors it would not.
+    """
+    first, second = args[0], args[1]
+    if not isinstance(first, FakeTensor) or not isinstance(second, FakeTensor) or sys._getframe(2).f_code.co_name != "_engine_run_backward":
+        return False
+    with torch._C.DisableTorchFunction():
+        holders = torch._C._storage_Use_Count(_untyped_storage(first)._cdata)
+        alone = holders == 2 and torch.Tensor._use_count(first) == _SOLE_HOLDER  # pyright: ignore[reportAttributeAccessIssue]
+        return alone and first.shape == second.shape and first.dtype == second.dtype
+
+
+def rounded_bytes(nbytes: int, granularity: int = ALLOCATION_GRANULARITY_BYTES) -> int:
     """What the CUDA caching allocator counts for a request of `nbytes`: the next multiple of 512.
 
     >>> rounded_bytes(1), rounded_bytes(512), rounded_bytes(513), rounded_bytes(0)
     (512, 512, 1024, 0)
     """
-    return -(-nbytes // ALLOCATION_GRANULARITY_BYTES) * ALLOCATION_GRANULARITY_BYTES
+    return -(-nbytes // granularity) * granularity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,8 +132,10 @@ class LiveMemory(TorchDispatchMode):
     Only fake tensors count: real ones (random-generator states, constants) live on the host.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, granularity: int = ALLOCATION_GRANULARITY_BYTES, scratch: Mapping[Any, Callable[[Any], int]] | None = None) -> None:
         super().__init__()
+        self.granularity = granularity
+        self.scratch = dict(scratch or {})
         self.current_bytes = 0
         self.events: list[tuple[Allocation, int]] = []
         self.marks: list[tuple[str, int]] = [("", 0)]
@@ -144,8 +175,11 @@ class LiveMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            # `.item()` has no value without arithmetic. One is right for what steps ask: Adam's step counter, `mask.all()`.
-            return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].dtype.is_floating_point else 1)
+            return self._scalar(args[0])
+        if func in _OUT_OF_PLACE_FOR_SUBCLASSES and not self._modules and self._is_fresh_zeros(args[0]):
+            func = _OUT_OF_PLACE_FOR_SUBCLASSES[func]
+        if func is torch.ops.aten.add.Tensor and _accumulates(args):
+            func = torch.ops.aten.add_.Tensor
         result = func(*args, **(kwargs or {}))
         if isinstance(result, FakeTensor):
             self._see(result, func)
@@ -153,7 +187,27 @@ class LiveMemory(TorchDispatchMode):
             for value in tree_iter(result):
                 if isinstance(value, FakeTensor):
                     self._see(value, func)
+        if func in self.scratch:
+            self._use_scratch(func, self.scratch[func](args))
         return result
+
+    def _scalar(self, tensor: torch.Tensor) -> float | int | bool:
+        """What `.item()` answers where there is no arithmetic: one, as Adam's step counter and `mask.all()` have it; but a
+        comparison "less than" is not met, which is how models draw the layers that they drop."""
+        if tensor.dtype == torch.bool:
+            known = self.allocation_of(tensor)
+            return known is None or not known.operator.startswith("aten.lt.")
+        return 1.0 if tensor.dtype.is_floating_point else 1
+
+    def _is_fresh_zeros(self, tensor: torch.Tensor) -> bool:
+        known = self.allocation_of(tensor)
+        return known is not None and known.operator in ("aten.new_zeros.default", "aten.zeros.default")
+
+    def _use_scratch(self, func: Any, nbytes: int) -> None:
+        scratch = Allocation(operator=f"{func} (scratch)", module=self.module, phase=self.phase, shape=(nbytes,), dtype=torch.uint8, born=len(self.events))
+        self._change(scratch, rounded_bytes(nbytes, self.granularity))
+        scratch.died = len(self.events)
+        self._change(scratch, 0)
 
     # -- storages -------------------------------------------------------------------------------------------------------
 
@@ -164,8 +218,8 @@ class LiveMemory(TorchDispatchMode):
         key = storage._cdata
         known = self._live.get(key)
         if known is not None:
-            if rounded_bytes(nbytes) != known.bytes:
-                self._change(known, rounded_bytes(nbytes))
+            if rounded_bytes(nbytes, self.granularity) != known.bytes:
+                self._change(known, rounded_bytes(nbytes, self.granularity))
             return known
         allocation = Allocation(
             operator=func if isinstance(func, str) else str(func),
@@ -185,7 +239,7 @@ class LiveMemory(TorchDispatchMode):
 
         allocation.reference = weakref.ref(storage, died)
         self._live[key] = allocation
-        self._change(allocation, rounded_bytes(nbytes))
+        self._change(allocation, rounded_bytes(nbytes, self.granularity))
         return allocation
 
     def _change(self, allocation: Allocation, nbytes: int) -> None:
@@ -199,7 +253,7 @@ class LiveMemory(TorchDispatchMode):
     def _storage_resized(self, storage: torch.UntypedStorage) -> None:
         known = self._live.get(storage._cdata)
         if known is not None:
-            self._change(known, rounded_bytes(storage.nbytes()))
+            self._change(known, rounded_bytes(storage.nbytes(), self.granularity))
 
     def allocation_of(self, tensor: torch.Tensor) -> Allocation | None:
         """The record of the storage under `tensor`, or None when it is not followed."""

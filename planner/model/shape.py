@@ -19,6 +19,7 @@ from typing import Literal
 __all__ = [
     "Attention",
     "Block",
+    "Component",
     "Embedding",
     "GatedDeltaNet",
     "Head",
@@ -32,6 +33,7 @@ __all__ = [
     "Norm",
     "Tower",
     "Weight",
+    "WeightKind",
 ]
 
 Component = Literal[
@@ -258,6 +260,7 @@ class Block:
     cross: Attention | None = None  # cross-attention between mixer and ffn
     cross_norm_name: str = ""
     dropout: float = 0.0  # on each branch before it is added
+    mixer_dropout: bool = True  # False: `dropout` is on the feed-forward branch alone (DistilBERT)
     branch_scaled: bool = False  # each branch is multiplied by a constant before it is added (Granite)
     extra: tuple[Weight, ...] = ()  # weights of parts that have no kind of their own
 

@@ -81,7 +81,7 @@ class ConfigView:
         self._path = path
         self._asked: set[builtins.str] = set()
         self._assumed: list[builtins.str] = []
-        self._children: list[ConfigView] = []
+        self._children: dict[builtins.str, ConfigView] = {}
         self.owner = owner
 
     def has(self, key: builtins.str) -> builtins.bool:
@@ -93,6 +93,10 @@ class ConfigView:
         """Whether the key is there at all, null included."""
         self._asked.add(key)
         return key in self._mapping
+
+    def is_text(self, key: builtins.str) -> builtins.bool:
+        """Whether the key holds a string: some keys are a number or a word ("auto")."""
+        return isinstance(self._mapping.get(key), str)
 
     def keys(self) -> tuple[builtins.str, ...]:
         """The keys that are there."""
@@ -110,7 +114,9 @@ class ConfigView:
         shown = given if len(given) <= 60 else given[:57] + "..."
         return ModelConfigError(f'{self.owner} config: "{self._path}{key}" is {shown}; it needs {accepted}.')
 
-    def _value(self, key: builtins.str, default: object, accepted: builtins.str, also: Sequence[builtins.str]) -> tuple[builtins.str, Any]:
+    def _value(
+        self, key: builtins.str, default: object, accepted: builtins.str, also: Sequence[builtins.str]
+    ) -> tuple[builtins.str, Any]:
         """The first of the key and its synonyms that has a value; None stands for "use the default"."""
         for name in (key, *also):
             self._asked.add(name)
@@ -118,7 +124,7 @@ class ConfigView:
                 return name, self._mapping[name]
         if isinstance(default, Required):
             raise self.fail(key, accepted)
-        if key not in self._mapping and default is not None and not isinstance(default, (bool, float)):
+        if key not in self._mapping and default not in (None, "") and not isinstance(default, (bool, float)):
             self._assumed.append(f"{self._path}{key}={default}")
         return key, None
 
@@ -160,7 +166,12 @@ class ConfigView:
         return value
 
     def float(
-        self, key: builtins.str, default: builtins.float | Required = REQUIRED, *, minimum: builtins.float = 0.0, maximum: builtins.float = math.inf
+        self,
+        key: builtins.str,
+        default: builtins.float | Required = REQUIRED,
+        *,
+        minimum: builtins.float = 0.0,
+        maximum: builtins.float = math.inf,
     ) -> builtins.float:
         """A finite number within [minimum, maximum]."""
         accepted = f"a finite number from {minimum:g}" + ("" if maximum == math.inf else f" to {maximum:g}")
@@ -184,7 +195,9 @@ class ConfigView:
             raise self.fail(name, "true or false")
         return value
 
-    def str(self, key: builtins.str, default: builtins.str | Required = REQUIRED, *, among: Sequence[builtins.str] = ()) -> builtins.str:
+    def str(
+        self, key: builtins.str, default: builtins.str | Required = REQUIRED, *, among: Sequence[builtins.str] = ()
+    ) -> builtins.str:
         """A string, one of `among` when that is given."""
         accepted = f"one of {', '.join(among)}" if among else "a string"
         name, value = self._value(key, default, accepted, ())
@@ -195,7 +208,9 @@ class ConfigView:
             raise self.fail(name, accepted)
         return value
 
-    def strings(self, key: builtins.str, *, length: builtins.int | None = None, among: Sequence[builtins.str] = ()) -> list[builtins.str] | None:
+    def strings(
+        self, key: builtins.str, *, length: builtins.int | None = None, among: Sequence[builtins.str] = ()
+    ) -> list[builtins.str] | None:
         """A list of strings of the given length, each one of `among`; None when absent or null."""
         accepted = f"a list of {length if length is not None else 'any number of'} strings"
         accepted += f" out of {', '.join(among)}" if among else ""
@@ -207,7 +222,9 @@ class ConfigView:
             raise self.fail(name, accepted)
         return list(value)
 
-    def ints(self, key: builtins.str, *, length: builtins.int | None = None, minimum: builtins.int = 0) -> list[builtins.int] | None:
+    def ints(
+        self, key: builtins.str, *, length: builtins.int | None = None, minimum: builtins.int = 0
+    ) -> list[builtins.int] | None:
         """A list of whole numbers from `minimum`; None when absent or null."""
         accepted = f"a list of {length if length is not None else 'any number of'} whole numbers from {minimum}"
         name, value = self._value(key, None, accepted, ())
@@ -237,19 +254,32 @@ class ConfigView:
         return [(list(names), repeat) for names, repeat in value]
 
     def sub(self, key: builtins.str, owner: builtins.str | None = None) -> ConfigView:
-        """The view of a nested mapping; an absent or null one is empty, so that class defaults apply."""
+        """The view of a nested mapping, the same one each time; an absent or null one is empty: class defaults apply."""
         name, value = self._value(key, None, "a mapping", ())
         if value is None:
             value = {}
         if not isinstance(value, Mapping):
             raise self.fail(name, "a mapping")
-        child = ConfigView(value, owner or self.owner, f"{self._path}{key}.")
-        self._children.append(child)
+        child = self._children.get(key)
+        if child is None:
+            child = self._children[key] = ConfigView(value, owner or self.owner, f"{self._path}{key}.")
+        child.owner = owner or child.owner
         return child
+
+    def length(self, key: builtins.str) -> builtins.int | None:
+        """How many items the list has; None when the value is no list (some keys hold one number or a list of them)."""
+        self._asked.add(key)
+        value = self._mapping.get(key)
+        return len(value) if isinstance(value, (list, tuple)) else None
+
+    def equals(self, key: builtins.str, expected: object) -> builtins.bool:
+        """Whether the value is exactly the one expected."""
+        self._asked.add(key)
+        return self._mapping.get(key) == expected
 
     def assumed(self) -> tuple[builtins.str, ...]:
         """Sizes and names that the config does not state, with the class default that was used: "key=value"."""
-        return tuple(self._assumed) + tuple(line for child in self._children for line in child.assumed())
+        return tuple(dict.fromkeys(self._assumed)) + tuple(line for child in self._children.values() for line in child.assumed())
 
     def not_understood(self) -> tuple[builtins.str, ...]:
         """Sentences on keys that look architectural and were never asked for.
@@ -272,4 +302,4 @@ class ConfigView:
                 sentences.append(
                     f"config key {self._path}{key}={shown if len(shown) <= 40 else shown[:37] + '...'} is not understood"
                 )
-        return tuple(sentences) + tuple(line for child in self._children for line in child.not_understood())
+        return tuple(sentences) + tuple(line for child in self._children.values() for line in child.not_understood())

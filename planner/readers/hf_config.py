@@ -29,7 +29,7 @@ def shape_from_config(config: Mapping[str, Any], name: str | None = None) -> Mod
     """
     if not isinstance(config, Mapping):
         raise ModelConfigError(f"A model config must be a mapping of keys to values, not {type(config).__name__}.")
-    model_type = config.get("model_type")
+    model_type = config.get("model_type", config.get("_class_name"))  # diffusers names the class instead
     if not isinstance(model_type, str) or not model_type:
         given = "missing" if model_type is None else repr(model_type)[:60]
         raise ModelConfigError(f'A model config needs "model_type", a string such as "llama"; it is {given}.')

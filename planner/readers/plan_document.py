@@ -207,7 +207,7 @@ def _misplaced(name: str, kind: str, section: Section) -> str:
         return f"{name} is a field of {other} plans; this plan is of kind {kind}."
     for inner, subsection in section.sections.items():
         if name in subsection.converters and name != "name":
-            return f'There is no field "{name}" in a plan; it belongs into {inner}, as {inner}: {{{name}: ...}}.'
+            return f'There is no field "{name}" at the top of a plan; write {inner}: {{{name}: ...}}.'
     return unknown_field(name, "", section.converters)
 
 

@@ -105,6 +105,28 @@ _ANY_REAL = (-1e300, 1e300)
 # Large counts that people write with a suffix: "15T", "25 MiB".
 _QUANTITIES: Mapping[str, Callable[[str], int]] = {"data.tokens": parse_count, "parallelism.bucket_bytes": parse_bytes}
 
+# What other tools call our fields, where the spelling alone would lead nowhere or to the wrong field.
+_FIELDS_ELSEWHERE = {
+    "tp": "tensor",
+    "pp": "pipeline",
+    "dp": "data",
+    "cp": "context",
+    "ep": "expert",
+    "stage": "zero",
+    "gpus": "gpus_per_node",
+    "num_gpus": "gpus_per_node",
+    "batch_size": "micro_batch_size",
+    "seq_len": "sequence_length",
+    "seqlen": "sequence_length",
+    "max_length": "sequence_length",
+    "gradient_checkpointing": "recompute",
+    "r": "rank",
+    "target_modules": "targets",
+    "max_model_len": "context_length",
+    "max_num_seqs": "concurrency",
+    "gpu_memory_utilization": "memory_utilization",
+}
+
 _LONGEST_NAME = 4096
 
 
@@ -119,7 +141,8 @@ class Section:
     def read(self, given: Any, path: str = "") -> Any:
         """The dataclass value of a mapping. Raises PlanError, UnknownField."""
         if not isinstance(given, Mapping):
-            raise PlanError(f"{path} is {shown(given)}; it takes a mapping of {_listed(self.converters)}.")
+            what = "a name or a mapping" if path in SHORT_FORMS or path == "precision" else "a mapping"
+            raise PlanError(f"{path} is {shown(given)}; it takes {what} of fields ({', '.join(self.converters)}).")
         fields = {}
         for name, value in given.items():
             dotted = f"{path}.{name}" if path else name
@@ -133,7 +156,9 @@ class Section:
 def unknown_field(name: str, path: str, accepted: Mapping[str, Any]) -> str:
     """The sentence for a field that does not exist in the section `path`."""
     place = f"in {path}" if path else "in a plan"
-    return f"There is no field {shown(name)} {place}; {nearest(name, accepted)}"
+    meant = _FIELDS_ELSEWHERE.get(name.casefold())
+    tail = f'did you mean "{meant}"?' if meant in accepted else nearest(name, accepted, shown=len(accepted))
+    return f"There is no field {shown(name)} {place}; {tail}"
 
 
 @cache
@@ -231,9 +256,7 @@ def _boolean(value: Any, path: str) -> bool:
 
 def _text(value: Any, path: str) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        raise PlanError(
-            f'{path} is the number {shown(value)}; put it in quotes, as in "4.50", so that no digit is lost.'
-        )
+        raise PlanError(f"{path} is the number {shown(value)}; it takes text, so put it in quotes.")
     if not isinstance(value, str):
         raise PlanError(f"{path} is {shown(value)}; it takes text.")
     if not value.strip() or len(value) > _LONGEST_NAME or not value.isprintable():
@@ -297,10 +320,6 @@ def _accepted(names: tuple[Any, ...]) -> str:
     return f"accepted: {', '.join(listed)}{', ...' if len(names) > 8 else '.'}"
 
 
-def _listed(names: Mapping[str, Any]) -> str:
-    return _accepted(tuple(names)).removeprefix("accepted: ").rstrip(".")
-
-
 def plain(value: Any, path: str = "", level: int = 0) -> Any:
     """A copy made of dicts, lists, text, numbers, booleans and None alone. Raises PlanError for anything else.
 
@@ -339,7 +358,7 @@ def _place(path: str) -> str:
 
 
 def fields_given(value: Any) -> dict[str, Any]:
-    """The fields of a plan dataclass that differ from their default; for a precision, whose default is a recipe, all."""
+    """The fields of a plan dataclass that differ from their default; all of a precision, whose default is a recipe."""
     given = {}
     for field in dataclasses.fields(value):
         current = getattr(value, field.name)

@@ -62,12 +62,18 @@ def _degrees_fill_the_accelerators(plan: TrainingPlan, given: AbstractSet[str]) 
     gpus = _accelerators(plan)
     if degrees.data is None:
         if gpus % prod(others.values()):
-            return f"{gpus} accelerators cannot be divided into groups of {_product_text(others)}; change a degree or hardware."
+            return (
+                f"{gpus} accelerators cannot be divided into groups of {_product_text(others)}; "
+                "change a degree or hardware."
+            )
         return None
     named = {"data": degrees.data, **others}
     if prod(named.values()) != gpus:
-        size = f"{plan.hardware.gpus_per_node} per node x {plan.hardware.nodes} nodes"
-        return f"parallelism needs {_product_text(named)} = {prod(named.values())} accelerators, but hardware has {size} = {gpus}."
+        size = f"gpus_per_node {plan.hardware.gpus_per_node} x nodes {plan.hardware.nodes}"
+        return (
+            f"parallelism needs {_product_text(named)} = {prod(named.values())} accelerators, "
+            f"but hardware has {size} = {gpus}."
+        )
     return None
 
 
@@ -84,7 +90,10 @@ def _whole_accumulation(plan: TrainingPlan, given: AbstractSet[str]) -> str | No
     """Every rank runs the same number of micro batches (Megatron and DeepSpeed assert it)."""
     batch, micro, data = plan.data.global_batch_size, plan.data.micro_batch_size, data_degree(plan)
     if batch is not None and batch % (micro * data):
-        return f"data.global_batch_size {batch} is not a multiple of micro_batch_size {micro} x {data} data-parallel ranks."
+        return (
+            f"data.global_batch_size {batch} is not a multiple of "
+            f"micro_batch_size {micro} x {data} data-parallel ranks."
+        )
     return None
 
 
@@ -104,7 +113,10 @@ def _experts_over_whole_groups(plan: TrainingPlan, given: AbstractSet[str]) -> s
     degrees = plan.parallelism
     ranks = data_degree(plan) * degrees.context * degrees.tensor
     if ranks % degrees.expert:
-        return f"parallelism.expert {degrees.expert} does not divide the {ranks} ranks (data x context x tensor) of a stage."
+        return (
+            f"parallelism.expert {degrees.expert} does not divide the "
+            f"{ranks} ranks (data x context x tensor) of a stage."
+        )
     return None
 
 
@@ -124,7 +136,10 @@ def _engine_and_zero(plan: TrainingPlan, given: AbstractSet[str]) -> str | None:
     if engine == "ddp" and zero > 0:
         return f"parallelism.engine ddp replicates everything, but zero is {zero}; use deepspeed, fsdp2 or zero: 0."
     if engine in ("fsdp1", "fsdp2") and zero < 2:
-        return f"parallelism.engine {engine} shards parameters, but zero is {zero}; set zero to 3, or 2 to keep them gathered."
+        return (
+            f"parallelism.engine {engine} shards parameters, but zero is {zero}; "
+            "set zero to 3, or 2 to keep them gathered."
+        )
     return None
 
 
@@ -133,7 +148,10 @@ def _pipeline_and_zero(plan: TrainingPlan, given: AbstractSet[str]) -> str | Non
     degrees = plan.parallelism
     deepspeed = degrees.engine == "deepspeed" or (degrees.engine == "auto" and degrees.zero == 2)
     if deepspeed and degrees.zero >= 2 and degrees.pipeline > 1:
-        return f"DeepSpeed does not combine zero {degrees.zero} with pipeline {degrees.pipeline}; use zero 1, or engine fsdp2 with zero 3."
+        return (
+            f"DeepSpeed does not combine zero {degrees.zero} with pipeline {degrees.pipeline}; "
+            "use zero 1, or engine fsdp2 with zero 3."
+        )
     return None
 
 
@@ -143,7 +161,10 @@ def _stages_and_schedule(plan: TrainingPlan, given: AbstractSet[str]) -> str | N
     if degrees.virtual_stages > 1 and degrees.pipeline == 1:
         return f"parallelism.virtual_stages {degrees.virtual_stages} needs pipeline above 1."
     if degrees.virtual_stages > 1 and degrees.schedule in ("1f1b", "gpipe"):
-        return f"parallelism.schedule {degrees.schedule} has one stage a rank, but virtual_stages is {degrees.virtual_stages}; use interleaved."
+        return (
+            f"parallelism.schedule {degrees.schedule} has one stage a rank, "
+            f"but virtual_stages is {degrees.virtual_stages}; use interleaved."
+        )
     if degrees.schedule == "interleaved" and degrees.virtual_stages == 1:
         return "parallelism.schedule interleaved needs virtual_stages of 2 or more."
     return None
@@ -153,7 +174,10 @@ def _method_reads_its_fields(plan: TrainingPlan, given: AbstractSet[str]) -> str
     """A rank given to full fine-tuning would be ignored in silence."""
     for name, readers in METHOD_FIELDS.items():
         if f"method.{name}" in given and plan.method.name not in readers:
-            return f"method.{name} is given, but method {plan.method.name} does not read it; it belongs to {', '.join(sorted(readers))}."
+            return (
+                f"method.{name} is given, but method {plan.method.name} does not read it; "
+                f"it belongs to {', '.join(sorted(readers))}."
+            )
     return None
 
 
@@ -163,7 +187,7 @@ def _dropout_below_one(plan: TrainingPlan, given: AbstractSet[str]) -> str | Non
 
 
 def _lora_variants(plan: TrainingPlan, given: AbstractSet[str]) -> str | None:
-    """4-bit weights are unpacked to a 16- or 32-bit format before the product (bitsandbytes); no fp8 kernel takes them."""
+    """bitsandbytes unpacks 4-bit weights to a 16- or 32-bit format before the product; no fp8 kernel takes them."""
     if plan.method.name == "qlora" and plan.precision.compute == "fp8":
         return "method qlora computes in bf16, fp16 or fp32, but precision asks for fp8."
     return None
@@ -177,7 +201,10 @@ def _optimizer_flags(plan: TrainingPlan, given: AbstractSet[str]) -> str | None:
     if optimizer.amsgrad and optimizer.name not in ("adam", "adamw"):
         return f"optimizer.amsgrad belongs to adam and adamw, but the optimizer is {optimizer.name}."
     if optimizer.implementation == "fused" and optimizer.name not in _FUSED:
-        return f"optimizer.implementation fused exists for {', '.join(sorted(_FUSED))}, but the optimizer is {optimizer.name}."
+        return (
+            f"optimizer.implementation fused exists for {', '.join(sorted(_FUSED))}, "
+            f"but the optimizer is {optimizer.name}."
+        )
     if optimizer.name == "lomo" and not optimizer.in_backward:
         return "optimizer lomo updates during the backward pass, but in_backward is false."
     return None
@@ -203,14 +230,20 @@ def _autocast_where_formats_differ(plan: TrainingPlan, given: AbstractSet[str]) 
         and precision.compute in ("bf16", "fp16", "fp32")
         and precision.compute != precision.weights
     ):
-        return f"precision computes in {precision.compute} with {precision.weights} weights and no autocast; set autocast or one format."
+        return (
+            f"precision computes in {precision.compute} with {precision.weights} weights and no autocast; "
+            "set autocast or one format."
+        )
     return None
 
 
 def _recompute_interval(plan: TrainingPlan, given: AbstractSet[str]) -> str | None:
     """`every` is the interval of mode every alone."""
     if "recompute.every" in given and plan.recompute.mode != "every":
-        return f"recompute.every is given, but recompute.mode is {plan.recompute.mode}; write recompute: {{every: {plan.recompute.every}}}."
+        return (
+            f"recompute.every is given, but recompute.mode is {plan.recompute.mode}; "
+            f"write recompute: {{every: {plan.recompute.every}}}."
+        )
     return None
 
 
@@ -261,8 +294,10 @@ def _requests_fit_the_context(plan: ServingPlan, given: AbstractSet[str]) -> str
     """A sequence is its prompt and its output."""
     load = plan.requests
     if load.context_length is not None and load.prompt_tokens + load.output_tokens > load.context_length:
-        whole = f"{load.prompt_tokens} + {load.output_tokens} = {load.prompt_tokens + load.output_tokens}"
-        return f"requests.prompt_tokens + output_tokens ({whole}) exceed context_length {load.context_length}."
+        return (
+            f"requests need {load.prompt_tokens} prompt and {load.output_tokens} output tokens at least, "
+            f"but context_length is {load.context_length}."
+        )
     return None
 
 

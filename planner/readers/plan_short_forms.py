@@ -115,6 +115,8 @@ def expand_precision(given: Any, megatron: bool) -> Any:
     if not isinstance(given, Mapping):
         return given
     formats = {key: _format(value) for key, value in given.items()}
+    if formats.get("master_weights") == "none":
+        formats["master_weights"] = None
     recipe = formats.get("recipe")
     if recipe == "custom":
         return formats
@@ -126,7 +128,8 @@ def expand_precision(given: Any, megatron: bool) -> Any:
         expanded = base | formats
         return expanded | {"recipe": name if all(expanded[key] == base[key] for key in base) else "custom"}
     weights = formats.get("weights", "bf16")
-    base = precision_fields(weights, megatron) if weights in _FORMATS_BY_FOLD else precision_fields("bf16", megatron)
+    known = isinstance(weights, str) and weights in _FORMATS_BY_FOLD
+    base = precision_fields(weights if known else "bf16", megatron)
     expanded = base | formats
     if "optimizer_states" not in formats and expanded["master_weights"] is not None:
         expanded["optimizer_states"] = expanded["master_weights"]
@@ -137,12 +140,8 @@ def expand_precision(given: Any, megatron: bool) -> Any:
 
 
 def _format(given: Any) -> Any:
-    """A number format in our spelling; the word none for a copy that is not kept."""
-    if not isinstance(given, str):
-        return given
-    if given.casefold() == "none":
-        return None
-    return canonical(given, _FORMATS_BY_FOLD) or given
+    """A number format in our spelling."""
+    return canonical(given, _FORMATS_BY_FOLD) or given if isinstance(given, str) else given
 
 
 def _named(given: Any) -> Any:

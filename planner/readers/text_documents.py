@@ -47,36 +47,41 @@ def shown(value: object, longest: int = 48) -> str:
         return str(value)
     if isinstance(value, (list, tuple)):
         return "a list"
-    return "a mapping" if isinstance(value, dict) else f"a {type(value).__name__}"
+    return "a mapping" if isinstance(value, dict) else f"a value of type {type(value).__name__}"
 
 
 def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """The content of a file, or of standard input for "-". Raises SourceUnavailable, also above 5 MB."""
     name = os.fspath(path)
-    if name == "-":
-        content = sys.stdin.buffer.read(MOST_BYTES + 1)
-    else:
-        where = shown(name, 120)
-        try:
-            # A pipe such as <(command) is welcome, a device that never ends is not.
-            status = os.stat(name)
-            if stat.S_ISDIR(status.st_mode):
-                raise SourceUnavailable(f"{where} is a folder; give the plan file inside it.")
-            if status.st_size > MOST_BYTES:
-                raise SourceUnavailable(f"{where} has {status.st_size} bytes; a plan may have at most {MOST_BYTES}.")
-            with Path(name).open("rb") as file:
-                content = file.read(MOST_BYTES + 1)
-        except FileNotFoundError:
-            raise SourceUnavailable(f"There is no file {where}.") from None
-        except ValueError as error:
-            if isinstance(error, SourceUnavailable):
-                raise
-            raise SourceUnavailable(f"{where} is not a path a file can have.") from None
-        except OSError as error:
-            raise SourceUnavailable(f"{where} could not be read: {error.strerror or type(error).__name__}.") from None
+    where = "Standard input" if name == "-" else shown(name, 120)
+    try:
+        content = _standard_input() if name == "-" else _file_content(name, where)
+    except FileNotFoundError:
+        raise SourceUnavailable(f"There is no file {where}.") from None
+    except OSError as error:
+        raise SourceUnavailable(f"{where} could not be read: {error.strerror or type(error).__name__}.") from None
     if len(content) > MOST_BYTES:
         raise SourceUnavailable(f"The plan is longer than {MOST_BYTES} bytes, the most that is read.")
     return content
+
+
+def _standard_input() -> bytes:
+    if sys.stdin is None:
+        raise SourceUnavailable("Standard input is closed; give a file.")
+    return sys.stdin.buffer.read(MOST_BYTES + 1)
+
+
+def _file_content(name: str, where: str) -> bytes:
+    if not name or "\x00" in name:
+        raise SourceUnavailable(f"{where} is not a path a file can have.")
+    # A pipe such as <(command) is welcome; a device that never ends is cut off.
+    status = os.stat(name)
+    if stat.S_ISDIR(status.st_mode):
+        raise SourceUnavailable(f"{where} is a folder; give the plan file inside it.")
+    if status.st_size > MOST_BYTES:
+        raise SourceUnavailable(f"{where} has {status.st_size} bytes; a plan may have at most {MOST_BYTES}.")
+    with Path(name).open("rb") as file:
+        return file.read(MOST_BYTES + 1)
 
 
 def decode(content: bytes) -> str:
@@ -90,13 +95,15 @@ def decode(content: bytes) -> str:
 
 
 def parse_text(text: str, format: Format | None = None) -> Any:
-    """The one document in `text`; without a format, text that opens like a JSON object or list is JSON. Raises PlanError."""
+    """The one document in `text`. Without a format, text that opens like a JSON object is JSON. Raises PlanError."""
     if len(text) > MOST_BYTES:
         raise PlanError(f"The plan is longer than {MOST_BYTES} characters, the most that is read.")
     if not text.strip():
         raise PlanError('The plan is empty; it needs at least a model, for example "model: gpt2".')
     if "\x00" in text:
         raise PlanError("The plan contains NUL characters; write it as plain text.")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise PlanError("The plan contains half a UTF-16 surrogate pair, which is not text.")
     if format not in (None, "json", "yaml"):
         raise PlanError(f"{shown(format)} is not a format of plans; accepted: json, yaml.")
     if format == "json" or (format is None and _opens_like_json(text)):

@@ -34,7 +34,8 @@ def attention_weights(attention: Attention, hidden: int) -> tuple[Weight, ...]:
     else:
         weights += linear_weights(a.names[0], q_out, hidden, bias=a.q_bias, component="attention")
         weights += linear_weights(a.names[1], k_out, kv_input, bias=a.k_bias, component="attention")
-        weights += linear_weights(a.names[2], v_out, kv_input, bias=a.v_bias, component="attention")
+        if not a.value_from_key:
+            weights += linear_weights(a.names[2], v_out, kv_input, bias=a.v_bias, component="attention")
     if a.out_name:
         weights += linear_weights(
             a.out_name, a.out_size or hidden, a.heads * value_dim, bias=a.out_bias, component="attention"

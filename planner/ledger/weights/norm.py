@@ -7,7 +7,9 @@ from planner.model.shape import Component, Norm, Weight
 __all__ = ["norm_weights"]
 
 
-def norm_weights(norm: Norm | None, name: str, shape: int | tuple[int, ...], component: Component = "norm") -> tuple[Weight, ...]:
+def norm_weights(
+    norm: Norm | None, name: str, shape: int | tuple[int, ...], component: Component = "norm"
+) -> tuple[Weight, ...]:
     """The weight and bias of one normalisation called `name`; none when it is not affine or not there."""
     if norm is None or not norm.affine or not name:
         return ()

@@ -26,7 +26,9 @@ def _bloom(view: ConfigView) -> ModelShape:
     if trunk.hidden % heads:
         raise ModelConfigError(f"bloom config: hidden size {trunk.hidden} is not a multiple of {heads} heads.")
     view.ignore("apply_residual_connection_post_layernorm", "slow_but_exact", "masked_softmax_fusion")
-    view.ignore("attention_softmax_in_fp32", "bias_dropout_fusion", "offset_alibi", "skip_bias_add", "skip_bias_add_qkv")
+    view.ignore(
+        "attention_softmax_in_fp32", "bias_dropout_fusion", "offset_alibi", "skip_bias_add", "skip_bias_add_qkv"
+    )
     view.ignore("unk_token_id", "n_inner", "num_attention_heads")
     attention = Attention(
         heads=heads,

@@ -58,17 +58,20 @@ def read_trunk(
     vocab: int,
     positions: int | None,
     tied: bool,
+    hidden: int | Required = REQUIRED,
+    layers: int | Required = REQUIRED,
     hidden_key: str = "hidden_size",
     layers_key: str = "num_hidden_layers",
     positions_key: str = "max_position_embeddings",
 ) -> Trunk:
     """The trunk of a config; `vocab`, `positions` and `tied` are the defaults of the reference class.
 
-    Width and depth have no default here: every published config states them.
+    Width and depth are required, but for the classes whose defaults are the published model itself: configs of
+    those are found without them.
     """
     return Trunk(
-        hidden=view.int(hidden_key, also=("hidden_size",)),
-        layers=view.int(layers_key, maximum=MOST_LAYERS, also=("num_hidden_layers",)),
+        hidden=view.int(hidden_key, hidden, also=("hidden_size",)),
+        layers=view.int(layers_key, layers, maximum=MOST_LAYERS, also=("num_hidden_layers",)),
         vocab=view.int("vocab_size", vocab),
         max_positions=view.maybe_int(positions_key, positions, also=("max_position_embeddings",)),
         tied=view.bool("tie_word_embeddings", tied),

@@ -40,9 +40,7 @@ def _gemma(view: ConfigView) -> ModelShape:
     """The first version; `hidden_act: gelu` in its files always meant the tanh approximation."""
     trunk = read_trunk(view, vocab=256_000, positions=8192, tied=True)
     bias = view.bool("attention_bias", False)
-    attention = grouped_attention(
-        view, trunk.hidden, heads=16, kv_heads=16, head_dim=256, qkv_bias=bias, out_bias=bias
-    )
+    attention = grouped_attention(view, trunk.hidden, heads=16, kv_heads=16, head_dim=256, qkv_bias=bias, out_bias=bias)
     mlp = gated_mlp(view, 24_576, act="gelu_pytorch_tanh")
     view.ignore("hidden_activation")
     if mlp.activation == "gelu":

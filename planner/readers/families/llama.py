@@ -24,6 +24,7 @@ __all__ = ["READERS"]
 
 def _llama(view: ConfigView) -> ModelShape:
     trunk = read_trunk(view, vocab=32_000, positions=2048, tied=False)
+    view.ignore("is_llama_config", "rope_interleaved")
     bias = view.bool("attention_bias", False)
     attention = grouped_attention(view, trunk.hidden, heads=32, qkv_bias=bias, out_bias=bias)
     mlp = gated_mlp(view, 11_008, bias=view.bool("mlp_bias", False))
@@ -60,14 +61,12 @@ def _ministral(view: ConfigView) -> ModelShape:
     attention = grouped_attention(view, trunk.hidden, heads=32, kv_heads=8)
     mlp = gated_mlp(view, 14_336)
     kinds = window_kinds(view, trunk.layers, lambda layer: window is not None)
-    blocks = blocks_by_kind(
-        kinds, lambda kind: Block(mixer=windowed(attention, kind, window), ffn=mlp, norm=RMS_NORM)
-    )
+    blocks = blocks_by_kind(kinds, lambda kind: Block(mixer=windowed(attention, kind, window), ffn=mlp, norm=RMS_NORM))
     return assemble(view, trunk, blocks, norm=RMS_NORM)
 
 
 def _ministral3(view: ConfigView) -> ModelShape:
-    trunk = read_trunk(view, vocab=131_072, positions=262_144, tied=False)
+    trunk = read_trunk(view, hidden=4096, layers=34, vocab=131_072, positions=262_144, tied=False)
     window = view.maybe_int("sliding_window", None)
     attention = grouped_attention(view, trunk.hidden, heads=32, kv_heads=8, head_dim=128, window=window)
     block = Block(mixer=attention, ffn=gated_mlp(view, 14_336), norm=RMS_NORM)
@@ -115,7 +114,7 @@ def _qwen3(view: ConfigView) -> ModelShape:
 
 def _smollm3(view: ConfigView) -> ModelShape:
     """Every fourth layer has no rotary positions; those may slide."""
-    trunk = read_trunk(view, vocab=128_256, positions=32_768, tied=True)
+    trunk = read_trunk(view, hidden=2048, layers=36, vocab=128_256, positions=32_768, tied=True)
     bias = view.bool("attention_bias", False)
     attention = grouped_attention(view, trunk.hidden, heads=16, kv_heads=4, qkv_bias=bias, out_bias=bias)
     mlp = gated_mlp(view, 11_008, bias=view.bool("mlp_bias", False))
@@ -164,7 +163,7 @@ def _exaone4(view: ConfigView) -> ModelShape:
 
 def _glm(view: ConfigView) -> ModelShape:
     """Biases on q, k and v, half of each head rotated, gate and up in one matrix."""
-    trunk = read_trunk(view, vocab=151_552, positions=131_072, tied=False)
+    trunk = read_trunk(view, hidden=4096, layers=40, vocab=151_552, positions=131_072, tied=False)
     attention = grouped_attention(
         view,
         trunk.hidden,
@@ -177,9 +176,7 @@ def _glm(view: ConfigView) -> ModelShape:
     mlp = replace(gated_mlp(view, 13_696), names=("mlp.gate_up_proj", "mlp.down_proj"))
     block = Block(mixer=attention, ffn=mlp, norm=RMS_NORM)
     if view.owner == "glm4":
-        block = replace(
-            block, residual="sandwich", post_norm_names=("post_self_attn_layernorm", "post_mlp_layernorm")
-        )
+        block = replace(block, residual="sandwich", post_norm_names=("post_self_attn_layernorm", "post_mlp_layernorm"))
     return assemble(view, trunk, (block,) * trunk.layers, norm=RMS_NORM)
 
 

@@ -29,7 +29,9 @@ __all__ = ["READERS", "check_routing", "shared_experts"]
 def check_routing(view: ConfigView, moe: Moe) -> Moe:
     """The layer itself; raises when a token is sent to more experts than exist."""
     if moe.top_k > moe.experts:
-        raise ModelConfigError(f"{view.owner} config: {moe.top_k} experts a token cannot be picked out of {moe.experts}.")
+        raise ModelConfigError(
+            f"{view.owner} config: {moe.top_k} experts a token cannot be picked out of {moe.experts}."
+        )
     return moe
 
 
@@ -100,9 +102,7 @@ def _qwen2_moe(view: ConfigView) -> ModelShape:
     else:
         view.ignore("sliding_window", "max_window_layers")
         window, kinds = None, window_kinds(view, trunk.layers, lambda layer: False)
-    attention = grouped_attention(
-        view, trunk.hidden, heads=16, kv_heads=16, qkv_bias=view.bool("qkv_bias", True)
-    )
+    attention = grouped_attention(view, trunk.hidden, heads=16, kv_heads=16, qkv_bias=view.bool("qkv_bias", True))
     activation = view.str("hidden_act", "silu")
     shared = shared_experts(1, view.int("shared_expert_intermediate_size", 5632), activation, "mlp.shared_expert")
     moe = Moe(
@@ -141,7 +141,7 @@ def _qwen3_moe(view: ConfigView) -> ModelShape:
     trunk = read_trunk(view, vocab=151_936, positions=32_768, tied=False)
     used = view.bool("use_sliding_window", False)
     size = view.maybe_int("sliding_window", 4096) if used else None
-    view.ignore("max_window_layers", "sliding_window", "norm_topk_prob")
+    view.ignore("max_window_layers", "sliding_window", "norm_topk_prob", "use_qk_norm")
     bias = view.bool("attention_bias", False)
     attention = grouped_attention(
         view, trunk.hidden, heads=32, kv_heads=4, qkv_bias=bias, out_bias=bias, qk_norm=RMS_NORM
@@ -158,7 +158,7 @@ def _qwen3_moe(view: ConfigView) -> ModelShape:
 
 def _olmoe(view: ConfigView) -> ModelShape:
     """Norms over all query heads together and over all key heads together."""
-    trunk = read_trunk(view, vocab=50_304, positions=4096, tied=False)
+    trunk = read_trunk(view, hidden=2048, layers=16, vocab=50_304, positions=4096, tied=False)
     bias = view.bool("attention_bias", False)
     view.ignore("norm_topk_prob", "clip_qkv")
     attention = grouped_attention(
@@ -277,15 +277,13 @@ def _gpt_oss(view: ConfigView) -> ModelShape:
     view.ignore("hidden_act")
     check_routing(view, moe)
     kinds = window_kinds(view, trunk.layers, lambda layer: layer % 2 == 0)
-    blocks = blocks_by_kind(
-        kinds, lambda kind: Block(mixer=windowed(attention, kind, window), ffn=moe, norm=RMS_NORM)
-    )
+    blocks = blocks_by_kind(kinds, lambda kind: Block(mixer=windowed(attention, kind, window), ffn=moe, norm=RMS_NORM))
     return assemble(view, trunk, blocks, norm=RMS_NORM)
 
 
 def _ernie4_5_moe(view: ConfigView) -> ModelShape:
     """The first layer dense, then 64 experts beside two shared ones; a correction bias that is a frozen parameter."""
-    trunk = read_trunk(view, vocab=103_424, positions=131_072, tied=True)
+    trunk = read_trunk(view, hidden=2560, layers=28, vocab=103_424, positions=131_072, tied=True)
     bias = view.bool("use_bias", False)
     attention = grouped_attention(view, trunk.hidden, heads=20, kv_heads=4, qkv_bias=bias, out_bias=bias)
     dense = gated_mlp(view, 12_288, bias=bias)
@@ -307,16 +305,14 @@ def _ernie4_5_moe(view: ConfigView) -> ModelShape:
     view.ignore("moe_norm_min", "moe_capacity", "moe_gate", "moe_use_aux_free", "num_nextn_predict_layers")
     last = trunk.layers - 1 if end == -1 else end
     sparse = [start <= layer <= last and (layer + 1) % interval == 0 for layer in range(trunk.layers)]
-    blocks = blocks_by_kind(
-        sparse, lambda routed: Block(mixer=attention, ffn=moe if routed else dense, norm=RMS_NORM)
-    )
+    blocks = blocks_by_kind(sparse, lambda routed: Block(mixer=attention, ffn=moe if routed else dense, norm=RMS_NORM))
     head = Head(rows=trunk.vocab, tied=trunk.tied, bias=bias, norm=RMS_NORM)
     return assemble(view, trunk, blocks, norm=RMS_NORM, head=head)
 
 
 def _glm4_moe(view: ConfigView) -> ModelShape:
     """First layers dense, then experts beside one shared; half of each head rotated. Prediction heads do not count."""
-    trunk = read_trunk(view, vocab=151_552, positions=131_072, tied=False)
+    trunk = read_trunk(view, hidden=4096, layers=46, vocab=151_552, positions=131_072, tied=False)
     attention = grouped_attention(
         view,
         trunk.hidden,
@@ -352,8 +348,12 @@ def _mimo_v2_flash(view: ConfigView) -> ModelShape:
     stated = view.maybe_int("sliding_window_size", None)
     window = stated + 1 if stated is not None else view.int("sliding_window", 129)
     view.ignore("sliding_window", "attention_value_scale", "routed_scaling_factor", "norm_topk_prob", "n_group")
-    view.ignore("topk_group", "scoring_func", "topk_method", "hybrid_layer_pattern", "moe_layer_freq", "n_shared_experts")
-    view.ignore("swa_num_attention_heads", "swa_num_key_value_heads", "swa_head_dim", "swa_v_head_dim", "swa_rope_theta")
+    view.ignore(
+        "topk_group", "scoring_func", "topk_method", "hybrid_layer_pattern", "moe_layer_freq", "n_shared_experts"
+    )
+    view.ignore(
+        "swa_num_attention_heads", "swa_num_key_value_heads", "swa_head_dim", "swa_v_head_dim", "swa_rope_theta"
+    )
     view.ignore("add_full_attention_sink_bias", "add_swa_attention_sink_bias", "attention_chunk_size")
     attention = grouped_attention(
         view,

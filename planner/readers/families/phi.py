@@ -54,9 +54,7 @@ def _phi(view: ConfigView) -> ModelShape:
         (block,) * trunk.layers,
         norm=LAYER_NORM,
         embedding=Embedding(rows=trunk.vocab, size=trunk.hidden, dropout=view.float("embd_pdrop", 0.0, maximum=1.0)),
-        head=Head(
-            rows=trunk.vocab, tied=trunk.tied, bias=True, norm=LAYER_NORM, norm_name="model.final_layernorm"
-        ),
+        head=Head(rows=trunk.vocab, tied=trunk.tied, bias=True, norm=LAYER_NORM, norm_name="model.final_layernorm"),
     )
 
 
@@ -80,7 +78,7 @@ def _phi3(view: ConfigView) -> ModelShape:
 
 def _phimoe(view: ConfigView) -> ModelShape:
     """Sixteen experts in every layer, layer norms, a bias on the head, noise on what the experts see."""
-    trunk = read_trunk(view, vocab=32_064, positions=131_072, tied=False)
+    trunk = read_trunk(view, hidden=4096, layers=32, vocab=32_064, positions=131_072, tied=False)
     bias = view.bool("attention_bias", False)
     attention = grouped_attention(
         view,

@@ -15,17 +15,49 @@ Reader = Callable[[ConfigView], ModelShape]
 
 _TYPES_OF: Final[dict[str, str]] = {
     "bloom": "bloom mpt",
+    "chatglm": "chatglm",
+    "cohere": "cohere cohere2 ernie4_5 nemotron",
+    "deepseek": "deepseek deepseek_v2 deepseek_v3 deepseek_v32 glm_moe_dsa kimi_k2 mistral4",
+    "deepseek_v4": "deepseek_v4",
     "falcon": "falcon",
     "gemma": "gemma gemma2 gemma3_text",
     "gpt": "gpt2 gpt_bigcode gpt_neo gpt_neox gptj",
+    "hybrid": "granitemoehybrid jamba nemotron_h qwen3_next",
     "llama": "baichuan exaone4 glm glm4 granite internlm2 llama ministral ministral3 mistral qwen2 qwen3 smollm3",
+    "mamba": "falcon_mamba mamba mamba2",
     "moe": "dbrx ernie4_5_moe glm4_moe gpt_oss granitemoe mimo_v2_flash minimax_m2 mixtral olmoe qwen2_moe qwen3_moe",
+    "olmo": "olmo olmo2 olmo3",
     "opt": "opt",
     "phi": "phi phi3 phimoe",
     "stablelm": "stablelm starcoder2",
+    "unpublished": "gopher grok-1 palm",
+}
+_FURTHER_TYPES_OF: Final[dict[str, str]] = {
+    "bert": "bert",
+    "clip": "clip",
+    "distilbert": "distilbert",
+    "dit": "dit",
+    "flux": "FluxTransformer2DModel",
+    "gemma3_multimodal": "gemma3",
+    "gemma4": "gemma4 gemma4_text",
+    "llama4": "llama4 llama4_text",
+    "llava": "llava",
+    "mistral3": "mistral3",
+    "mllama": "mllama mllama_text_model",
+    "modernbert": "modernbert",
+    "qwen3_5": "qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text",
+    "qwen_vl": "qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe",
+    "roberta": "roberta xlm-roberta",
+    "t5": "t5",
+    "unet": "UNet2DConditionModel",
+    "vit": "vit",
+    "whisper": "whisper",
 }
 MODULE_OF: Final[dict[str, str]] = {
-    model_type: module for module, types in _TYPES_OF.items() for model_type in types.split()
+    model_type: module
+    for table in (_TYPES_OF, _FURTHER_TYPES_OF)
+    for module, types in table.items()
+    for model_type in types.split()
 }
 
 

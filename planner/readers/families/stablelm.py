@@ -59,9 +59,7 @@ def _starcoder2(view: ConfigView) -> ModelShape:
         up_bias=bias,
         down_bias=bias,
     )
-    block = Block(
-        mixer=attention, ffn=mlp, norm=LAYER_NORM, dropout=view.float("residual_dropout", 0.0, maximum=1.0)
-    )
+    block = Block(mixer=attention, ffn=mlp, norm=LAYER_NORM, dropout=view.float("residual_dropout", 0.0, maximum=1.0))
     embedding = Embedding(
         rows=trunk.vocab, size=trunk.hidden, dropout=view.float("embedding_dropout", 0.0, maximum=1.0)
     )
