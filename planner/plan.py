@@ -125,10 +125,14 @@ class Recompute:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Implementation:
-    """Whose modules run. version None means the newest one known."""
+    """Whose modules run. version None means the newest one known.
+
+    kernels: a library that replaces some of them: liger (Liger-Kernel) or foak (fms-acceleration's fused ops and kernels).
+    """
 
     name: Literal["transformers", "megatron", "torchtitan", "torchtune", "litgpt"] = "transformers"
     version: str | None = None
+    kernels: Literal["liger", "foak"] | None = None
     compiled: bool = False
 
 

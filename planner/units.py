@@ -71,9 +71,10 @@ def format_bytes(size_bytes: float, unit: ByteUnit = "GiB", digits: int = 2) -> 
     if unit not in _BYTES:
         raise PlannerError(f'There is no byte unit "{unit}"; {nearest(unit, _BYTES)}')
     family = _DECIMAL if unit in _DECIMAL and unit != "B" else _BINARY
+    name: str = unit
     if round(abs(size_bytes) / _BYTES[unit], digits) == 0:
-        unit = next((name for name, size in family.items() if size <= abs(size_bytes)), "B")
-    return f"{size_bytes:,.0f} B" if unit == "B" else f"{size_bytes / _BYTES[unit]:,.{digits}f} {unit}"
+        name = next((smaller for smaller, size in family.items() if size <= abs(size_bytes)), "B")
+    return f"{size_bytes:,.0f} B" if name == "B" else f"{size_bytes / _BYTES[name]:,.{digits}f} {name}"
 
 
 def parse_bytes(text: str) -> int:

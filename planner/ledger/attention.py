@@ -1,39 +1,70 @@
-"""Softmax attention, eager and fused.
+"""Softmax attention, eager and fused, in the manner of the library's shared attention functions.
 
-Letters: B batch, S sequence, T key/value sequence, H hidden, A query heads, K key/value heads, D head size, E value
-head size; AD stands for A*D in one dim.
+Letters: B batch, S sequence, H hidden, A query heads, K key/value heads, D head size, E value head size; AD stands
+for A*D in one dim. Local variables live as long as in the reference module: queries, keys and values until it returns.
+
+Which kernel `scaled_dot_product_attention` takes on CUDA (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp):
+
+    format      mask    K < A                      kernel
+    16-bit      none    as it is                   flash, for head sizes that are equal and at most 256
+    16-bit      some    repeated beforehand        memory-efficient
+    fp32        none    as it is                   math (no fused kernel takes grouped heads in fp32)
+    fp32        any     no, or repeated            memory-efficient
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+
+from planner.errors import NotCovered
 from planner.ledger.norm import normalise
 from planner.ledger.operations import Operations
 from planner.ledger.tape import Tensor
-from planner.model.shape import Attention
+from planner.model.shape import Attention, ModelShape
 
-__all__ = ["attend", "core", "rotate", "rotary_tables"]
+__all__ = ["attend", "core", "merged_width", "reaches", "rotary_tables", "rotate", "shared_masks"]
 
-
-def attend(t: Operations, spec: Attention, x: Tensor, hidden: str, context: Tensor | None = None) -> Tensor:
-    """out(core(q(x), k(x), v(x))); `context` gives the keys and values of cross-attention."""
-    return t.linear(spec.out_name, _heads(t, spec, x, context), hidden, bias=spec.out_bias)
+FLASH_MAX_HEAD_SIZE = 256
 
 
-def _heads(t: Operations, spec: Attention, x: Tensor, context: Tensor | None) -> Tensor:
+def attend(
+    t: Operations, spec: Attention, x: Tensor, hidden: str, context: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """out(core(q(x), k(x), v(x))), and the attention weights where the module returns them.
+
+    `context` gives the keys and values of cross-attention.
+    """
+    query, key, value, gate = _projections(t, spec, x, context)
+    if spec.rotary_dim:
+        query, key = _rotate_both(t, spec, query, key)
+    result, weights = _core(t, spec, query, key, value)
+    if gate is not None:
+        result = t.mul(result, t.map("sigmoid", gate, saves="output"))
+    result = t.linear(spec.out_name, result, hidden, bias=spec.out_bias)
+    return result, weights
+
+
+def _projections(
+    t: Operations, spec: Attention, x: Tensor, context: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Queries, keys and values as (B, heads, S, D), and the output gate, (B, S, A*D), where there is one."""
     batch, sequence = x.dims[:2]
     heads, groups = t.dim("A", spec.heads), t.dim("K", spec.kv_heads)
-    size, value_size = t.dim("D", spec.head_dim), t.dim("E", spec.value_dim or spec.head_dim)
+    value_dim = spec.value_dim or spec.head_dim
+    size, value_size = t.dim("D", spec.head_dim), t.dim("E", value_dim)
     wide_q = t.dim("AD", spec.heads * spec.head_dim)
     wide_k = t.dim("KD", spec.kv_heads * spec.head_dim)
-    wide_v = t.dim("KE", spec.kv_heads * (spec.value_dim or spec.head_dim))
+    wide_v = t.dim("KE", spec.kv_heads * value_dim)
     source = x if context is None else context
     keys = source.dims[1]
     gate = None
     if len(spec.names) == 1:
-        total = spec.heads * spec.head_dim + spec.kv_heads * (spec.head_dim + (spec.value_dim or spec.head_dim))
+        total = spec.heads * spec.head_dim + spec.kv_heads * (spec.head_dim + value_dim)
         packed = t.linear(spec.names[0], x, t.dim("QKV", total), bias=spec.q_bias)
-        query, key, value = t.split(packed, [(batch, sequence, wide) for wide in (wide_q, wide_k, wide_v)])
-        del packed
+        parts = [(batch, sequence, wide) for wide in (wide_q, wide_k, wide_v)]
+        query, key, value = t.slices(packed, parts) if t.family in _SLICED else t.split(packed, parts)
     else:
         name_q, name_k, name_v = spec.names
         if spec.gate:
@@ -43,6 +74,8 @@ def _heads(t: Operations, spec: Attention, x: Tensor, context: Tensor | None) ->
             del both
         else:
             query = t.linear(name_q, x, wide_q, bias=spec.q_bias)
+        if t.family in _SCALES_QUERIES:
+            query = t.scale(query)
         key = t.linear(name_k, source, wide_k, bias=spec.k_bias)
         value = t.linear(name_v, source, wide_v, bias=spec.v_bias)
     if spec.qk_norm is not None and spec.qk_norm_over == "width":
@@ -54,106 +87,314 @@ def _heads(t: Operations, spec: Attention, x: Tensor, context: Tensor | None) ->
     if spec.qk_norm is not None and spec.qk_norm_over == "head":
         query = normalise(t, spec.qk_norm, spec.qk_norm_names[0], query)
         key = normalise(t, spec.qk_norm, spec.qk_norm_names[1], key)
-    if spec.rotary_dim:
-        query, key = rotate(t, spec, query), rotate(t, spec, key)
-    result = core(t, spec, query, key, value)
-    del query, key, value
-    if gate is not None:
-        result = t.mul(result, t.map("sigmoid", gate, saves="output"))
-    return result
+    elif spec.qk_norm is not None and spec.qk_norm_over == "heads":
+        query = _normalise_each(t, spec, spec.qk_norm_names[0], query)
+        key = _normalise_each(t, spec, spec.qk_norm_names[1], key)
+    return query, key, value, gate
+
+
+def _normalise_each(t: Operations, spec: Attention, name: str, x: Tensor) -> Tensor:
+    """One norm for each head, with weights of its own, over views of x; the results are put together again."""
+    part = (x.dims[0], "1", *x.dims[2:])
+    heads = t.split(x, [part] * int(t.sizes[x.dims[1]]))
+    normed = [normalise(t, spec.qk_norm, f"{name}.norms.{index}", head) for index, head in enumerate(heads)]
+    return t.cat(normed, x.dims)
+
+
+# ---- positions ------------------------------------------------------------------------------------------------
 
 
 def rotary_tables(t: Operations, sequence: str, size: int, dtype: str) -> None:
-    """cos and sin of every position, (1, S, R) in the activations' format, shared by all blocks."""
+    """cos and sin of every position, (1, S, R) in the activations' format (some: fp32), shared by all blocks."""
     dims = ("1", sequence, t.dim("R", size))
-    t.rotary = (t.constant("cos", dims, dtype), t.constant("sin", dims, dtype))
-    t.hold(*t.rotary)
+    if t.family in _FP32_TABLES:
+        dtype = "fp32"
+    for _ in range(2 if t.family in _TWO_TABLES else 1):
+        t.rotary = (t.constant("cos", dims, dtype), t.constant("sin", dims, dtype))
+        t.hold(*t.rotary)
+
+
+def _rotate_both(t: Operations, spec: Attention, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Both rotated; what they were before lives until both are done, as the arguments of a function do."""
+    t.module = "rotary"
+    dtype = query.dtype
+    if t.family in _REPEATS_TABLES:
+        shared = t.rotary
+        t.rotary = tuple(t.constant("repeat_interleave", table.dims, table.dtype) for table in shared)
+        rotated = rotate(t, spec, query), rotate(t, spec, key)
+        t.rotary = shared
+        return rotated
+    if t.family in _UPCASTS_QUERIES:
+        query, key = t.to(query, "fp32"), t.to(key, "fp32")
+    query, key = rotate(t, spec, query), rotate(t, spec, key)
+    return t.to(query, dtype), t.to(key, dtype)
 
 
 def rotate(t: Operations, spec: Attention, x: Tensor) -> Tensor:
-    """x * cos + rotate_half(x) * sin on the first `rotary_dim` elements of each head; saves only cos and sin.
-
-    The result is contiguous in (B, A, S, D), unlike x, which is a transposed view.
-    """
+    """x * cos + rotate_half(x) * sin on the first `rotary_dim` elements of each head; saves only cos and sin."""
     t.module = "rotary"
     if t.profile.fused_rope:
         return t.apply("rotary", [x], [(x.dims, x.dtype)])[0]
+    if not _concatenates(t, spec):
+        return _turn(t, spec, x)
+    rest = t.dim("D-R", spec.head_dim - spec.rotary_dim)
+    turned, passed = t.slices(x, [(*x.dims[:-1], t.dim("R", spec.rotary_dim)), (*x.dims[:-1], rest)])
+    return t.cat([_turn(t, spec, turned), passed], x.dims)
+
+
+def _concatenates(t: Operations, spec: Attention) -> bool:
+    """Whether the rotated part is put together with a rest, even an empty one; the result has heads before positions."""
+    return 0 < spec.rotary_dim < spec.head_dim or bool(spec.rotary_dim) and t.family in _ALWAYS_CONCATENATES
+
+
+def _turn(t: Operations, spec: Attention, x: Tensor) -> Tensor:
     cos, sin = t.rotary
-    if spec.rotary_dim != spec.head_dim:
-        rest = t.dim("D-R", spec.head_dim - spec.rotary_dim)
-        turned, passed = t.slices(x, [(*x.dims[:-1], t.dim("R", spec.rotary_dim)), (*x.dims[:-1], rest)])
-        return t.cat([_turn(t, spec, turned, cos, sin), passed], x.dims)
-    return _turn(t, spec, x, cos, sin)
+    return t.add(t.mul(x, cos, x.dims), t.mul(_rotate_half(t, spec, x), sin, x.dims))
 
 
-def _turn(t: Operations, spec: Attention, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    straight = t.mul(x, cos, x.dims)
+def _rotate_half(t: Operations, spec: Attention, x: Tensor) -> Tensor:
     half = (*x.dims[:-1], t.dim("R/2", spec.rotary_dim // 2))
     first, second = t.slices(x, [half, half])
-    turned = t.cat([t.scale(second, "neg"), first], x.dims)
-    return t.add(straight, t.mul(turned, sin, x.dims))
+    return t.cat([t.scale(second, "neg"), first], x.dims)
+
+
+# ---- masks ----------------------------------------------------------------------------------------------------
+
+
+def reaches(t: Operations, sequence: str, window: int | None) -> bool:
+    """Whether a window of this many tokens cuts anything off, so that a mask is made for it.
+
+    Raises NotCovered for a grid of sequence lengths on both sides of the window: they run different kernels.
+    """
+    if window is None:
+        return False
+    reached: Any = np.asarray(t.sizes[sequence]) >= window
+    if reached.all() != reached.any():
+        raise NotCovered(f"sequence lengths below and above the window of {window} tokens need a grid each.")
+    return bool(reached.all())
+
+
+def shared_masks(t: Operations, shape: ModelShape, dtype: str) -> None:
+    """Make the masks that the model hands to its blocks (masking_utils.py), before the first block runs.
+
+    eager: an additive mask, (B, 1, S, S), for each kind of layer. sdpa: none where the kernel's own causal form will
+    do, else a boolean one, (1, 1, S, S). flash: none.
+    """
+    t.module = "mask"
+    for block in shape.blocks:
+        if isinstance(block.mixer, Attention):
+            _mask(t, block.mixer, "S", "S", dtype)
+
+
+def _mask(t: Operations, spec: Attention, queries: str, keys: str, dtype: str) -> Tensor | None:
+    window = spec.window if reaches(t, keys, spec.window) else None
+    if t.attention == "flash" or spec.cross or (not spec.causal and window is None):
+        return None
+    if t.attention != "eager" and window is None:
+        return None
+    name = (t.attention, f"{window} {queries} {keys}")
+    known = t.masks.get(name)
+    if known is None:
+        square = ("1", "1", queries, keys)
+        if t.attention == "eager":
+            made = t.apply("mask", [], [(("B", "1", queries, keys), dtype)], scratch=[(square, "bool")] * 2)
+        else:
+            made = t.apply("mask", [], [(square, "bool")], scratch=[(square, "bool")] * 2)
+        known = t.masks[name] = made[0]
+    return known
+
+
+# ---- the core -------------------------------------------------------------------------------------------------
+
+
+def merged_width(t: Operations, spec: Attention) -> str:
+    """The dim of all value heads side by side."""
+    return t.dim("AE", spec.heads * (spec.value_dim or spec.head_dim))
 
 
 def core(t: Operations, spec: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(q k^T) v with its heads merged, (B, S, A*E)."""
+    return _core(t, spec, query, key, value)[0]
+
+
+def _core(t: Operations, spec: Attention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
     t.module = "attention"
-    if t.attention == "eager" or spec.softcap:
-        return _eager(t, spec, query, key, value)
-    return _fused(t, spec, query, key, value)
+    mask = _mask(t, spec, query.dims[2], key.dims[2], query.dtype)
+    if t.attention == "eager" or spec.softcap and t.attention == "sdpa":
+        return _eager(t, spec, query, key, value, mask)
+    return _fused(t, spec, query, key, value, mask), None
 
 
-def _fused(t: Operations, spec: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _fused(t: Operations, spec: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """The kernel that scaled_dot_product_attention or the flash_attn package runs."""
+    batch, heads, sequence, _ = query.dims
+    if t.compute is not None:
+        query, key, value = (t.to(tensor, t.compute) for tensor in (query, key, value))
+    grouped = spec.kv_heads != spec.heads
+    equal = (spec.value_dim or spec.head_dim) == spec.head_dim <= FLASH_MAX_HEAD_SIZE
+    if grouped and t.attention == "sdpa" and not (t.profile.grouped_attention and mask is None and equal):
+        key, value = _repeated(t, key, heads), _repeated(t, value, heads)
+        grouped = False
+    if t.attention != "sdpa" or mask is None and equal and query.dtype != "fp32":
+        result = _flash(t, spec, query, key, value)
+    elif not grouped:
+        result = _memory_efficient(t, spec, query, key, value, mask)
+    else:
+        return t.view(_math(t, spec, query, key, value), (batch, sequence, merged_width(t, spec)))
+    return result
+
+
+def _flash(t: Operations, spec: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """FlashAttention-2 (torch's own or the flash_attn package).
 
-    Saved: q, k, v, the output, and the log-sum-exp in fp32, (B, A, S).
+    Saved: q, k, v, the output, the log-sum-exp in fp32, (B, A, S), and two states of the random generator.
+    The output takes the layout of q; where that has heads before positions, a copy of it goes on.
     Backward (flash_api.cpp, mha_bwd): an fp32 accumulator for dq (B, A, S, D), the row sums of do * o in fp32
-    (B, A, S), and, when K < A, dk and dv for all A heads before they are summed over each group.
+    (B, A, S), and, when K < A, dk and dv for all A heads before they are summed over each group. The accumulator's
+    sequence is rounded up to 128, its head size to 32 (64 above 128).
     """
     batch, heads, sequence, size = query.dims
     keys = key.dims[2]
-    if t.compute is not None:
-        query, key, value = (t.to(tensor, t.compute) for tensor in (query, key, value))
-    if not t.profile.grouped_attention and t.attention == "sdpa" and spec.kv_heads != spec.heads:
-        key = t.copy(key, (batch, heads, keys, size), "repeat_kv")
-        value = t.copy(value, (batch, heads, keys, value.dims[3]), "repeat_kv")
-    wide = (batch, sequence, t.dim("AE", spec.heads * (spec.value_dim or spec.head_dim)))
-    padded = t.dim("S128", (t.sizes[sequence] + 127) // 128 * 128)
-    rounded = t.dim("D32", (spec.head_dim + 31) // 32 * 32)
+    wide = (batch, sequence, merged_width(t, spec))
+    padded = t.dim(f"{sequence}128", (t.sizes[sequence] + 127) // 128 * 128)
+    step = 32 if spec.head_dim <= 128 else 64
+    dense = _concatenates(t, spec)
+    rounded = t.dim("D'", (spec.head_dim + step - 1) // step * step)
     scratch = [((batch, heads, padded, rounded), "fp32"), ((batch, heads, padded), "fp32")]
     if key.dims[1] != heads:
         scratch += [((batch, heads, keys, size), key.dtype), ((batch, heads, keys, value.dims[3]), value.dtype)]
+    if dense:
+        scratch.append((wide, query.dtype))  # the output laid out anew
     (result,) = t.apply(
         "attention",
         [query, key, value],
         [(wide, query.dtype)],
         saves=[query, key, value],
         saves_outputs=(0,),
-        extra_saved=[((batch, heads, sequence), "fp32")],
+        extra_saved=[((batch, heads, sequence), "fp32"), ((t.dim("2", 2),), "int64"), ((), "int64")],
+        backward_scratch=scratch,
+    )
+    return t.copy(result) if dense else result
+
+
+def _memory_efficient(
+    t: Operations, spec: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> Tensor:
+    """The CUTLASS kernel: saves q, k, v, the output, the log-sum-exp (sequence rounded up to 32) and the mask.
+
+    A boolean mask is first turned into an additive one in the format of q, (B, 1, S, S), by each layer for itself.
+    Backward (attention_backward.cu): the row sums `delta`; for 16-bit inputs an fp32 accumulator for dq (above head
+    size 128 for dk and dv, too, and forward one for the output) and 16 bytes a block of queries; for fp32 inputs the
+    product of gradient and output that `delta` is summed from.
+    """
+    batch, heads, sequence, _ = query.dims
+    wide = (batch, sequence, merged_width(t, spec))
+    rows32 = t.dim(f"{sequence}32", (t.sizes[sequence] + 31) // 32 * 32)
+    saves: list[Tensor | None] = [query, key, value]
+    if mask is not None:
+        columns = t.dim(f"{mask.dims[3]}8", (t.sizes[mask.dims[3]] + 7) // 8 * 8)
+        additive = ((batch, "1", sequence, columns), query.dtype)
+        saves.append(t.apply("additive mask", [], [additive])[0])
+    delta = ((batch, heads, sequence), "fp32")
+    forward_scratch: list[tuple[tuple[str, ...], str]] = []
+    if query.dtype == "fp32":
+        scratch = [(wide, "fp32"), delta, delta]
+    else:
+        block = 64 if spec.head_dim <= 64 else 128
+        blocks = t.dim(f"{sequence}/{block}", -(-t.sizes[sequence] // block))
+        scratch = [delta, ((batch, heads, blocks, t.dim("16", 16)), "int8")]
+        wide_head = spec.head_dim > 128
+        for tensor in (query, key, value) if wide_head else (query,):
+            rows, size = tensor.dims[2], t.sizes[tensor.dims[3]]
+            rows64 = t.dim(f"{rows}64", (t.sizes[rows] + 63) // 64 * 64)
+            column = tensor.dims[3] if wide_head else t.dim("D''", -(-size // block) * block)
+            scratch.append(((batch, heads, rows64, column), "fp32"))
+        if wide_head:
+            forward_scratch = [(wide, "fp32")]
+    (result,) = t.apply(
+        "attention",
+        [query, key, value],
+        [(wide, query.dtype)],
+        saves=saves,
+        saves_outputs=(0,),
+        extra_saved=[((batch, heads, rows32), "fp32")],
+        scratch=forward_scratch,
         backward_scratch=scratch,
     )
     return result
 
 
-def _eager(t: Operations, spec: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _math(t: Operations, spec: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The composite form (attention.cpp, _scaled_dot_product_attention_math), for what no fused kernel takes.
+
+    Both q and k are scaled, by the root of the factor; key/value heads are repeated; the softmax keeps its output.
+    """
+    heads, sequence, keys = query.dims[1], query.dims[2], key.dims[2]
+    scaled = t.scale(query)
+    square = (sequence, keys)
+    mask = t.apply("mask", [], [(square, query.dtype)], scratch=[(square, "bool")] * 2)[0] if spec.causal else None
+    if spec.kv_heads != spec.heads:
+        key, value = _repeated(t, key, heads), _repeated(t, value, heads)
+    scores = _scores(t, _dense(t, spec, scaled), t.scale(key))
+    if mask is not None:
+        scores = t.apply("add_", [scores], [(scores.dims, scores.dtype)], alias=True, in_place=True)[0]
+    scores = t.map("safe_softmax", scores, saves="output")
+    scores_ = t.dropout(scores, spec.dropout)
+    result = t.matmul(scores_, value, (*query.dims[:3], value.dims[3]))
+    return t.copy(result)
+
+
+def _scores(t: Operations, query: Tensor, key: Tensor) -> Tensor:
+    return t.matmul(query, key, (*query.dims[:3], key.dims[2]))
+
+
+def _repeated(t: Operations, x: Tensor, heads: str) -> Tensor:
+    """Each key/value head copied once for every query head of its group."""
+    return t.copy(x, (x.dims[0], heads, *x.dims[2:]), "repeat_kv")
+
+
+def _dense(t: Operations, spec: Attention, x: Tensor, *, rotated: bool = True) -> Tensor:
+    """x as a batched product wants it: heads before positions. Projections are laid out the other way around."""
+    if rotated and _concatenates(t, spec):
+        return x
+    return t.copy(x, operator="dense")
+
+
+def _eager(
+    t: Operations, spec: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Scores in memory: matmul, scale, (soft cap,) mask, softmax in fp32, cast, dropout, matmul.
 
     Saved per score (bf16): softmax output in fp32, 4; its cast for the product with v, 2; with dropout the cast is
     kept by nobody, the dropped scores are, 2, and their mask, 1.
     """
     batch, heads, sequence, _ = query.dims
-    keys = key.dims[2]
-    if spec.kv_heads != spec.heads:
-        key = t.copy(key, (batch, heads, keys, key.dims[3]), "repeat_kv")
-        value = t.copy(value, (batch, heads, keys, value.dims[3]), "repeat_kv")
-    scores = t.scale(t.matmul(query, key, (batch, heads, sequence, keys)))
+    grouped = spec.kv_heads != spec.heads
+    if grouped:
+        key, value = _repeated(t, key, heads), _repeated(t, value, heads)
+    weights = t.scale(_scores(t, _dense(t, spec, query), key if grouped else _dense(t, spec, key)))
     if spec.softcap:
-        scores = t.scale(t.map("tanh", t.scale(scores, "div"), saves="output"))
-    if spec.causal:
-        scores = t.add(scores, t.mask(sequence, keys, scores.dtype))
-    weights = t.softmax_fp32(scores)
-    del scores
+        weights = t.scale(weights, "div")
+        weights = t.map("tanh", weights, saves="output")
+        weights = t.scale(weights)
+    if mask is not None:
+        weights = t.add(weights, mask)
+    if t.family in _SOFTMAX_IN_PLACE_FORMAT:
+        weights = t.map("softmax", weights, saves="output")
+    else:
+        weights = t.softmax_fp32(weights)
     weights = t.dropout(weights, spec.dropout)
-    result = t.matmul(weights, value, (batch, heads, sequence, value.dims[3]))
-    del weights
+    dims = (batch, heads, sequence, value.dims[3])
+    result = t.matmul(weights, value if grouped else _dense(t, spec, value, rotated=False), dims)
     result = t.copy(result)
-    return t.view(result, (batch, sequence, t.dim("AE", spec.heads * (spec.value_dim or spec.head_dim))))
+    return t.view(result, (batch, sequence, merged_width(t, spec))), weights
+
+
+_ALWAYS_CONCATENATES = frozenset({"gpt_neox", "phi", "phi3", "stablelm", "nemotron", "glm", "glm4"})
+_FP32_TABLES = frozenset({"olmo", "olmo2", "olmo3"})
+_TWO_TABLES = frozenset({"gemma3_text"})  # one for sliding layers, one for the others
+_REPEATS_TABLES = frozenset({"glm", "glm4"})  # each layer spreads cos and sin over pairs for itself
+_UPCASTS_QUERIES = frozenset({"cohere", "cohere2"})  # queries and keys are rotated in fp32
+_SLICED = frozenset({"phi3"})  # cut the fused projection by slices, each with a gradient of the full size
+_SCALES_QUERIES = frozenset({"opt"})  # scale queries by themselves, before the product
+_SOFTMAX_IN_PLACE_FORMAT = frozenset({"gpt2"})  # softmax in the scores' own format

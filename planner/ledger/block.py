@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from planner.errors import NotCovered
 from planner.ledger.attention import attend
+from planner.ledger.latent_attention import attend_latent
 from planner.ledger.mlp import feed_forward
+from planner.ledger.moe import mixture_of_experts
 from planner.ledger.norm import normalise
 from planner.ledger.operations import Operations
 from planner.ledger.tape import Tensor
-from planner.model.shape import Attention, Block, Mlp, Mixer, Moe
+from planner.model.shape import Attention, Block, LatentAttention, Mixer, Mlp, Moe
 
 __all__ = ["run_block"]
 
@@ -18,10 +20,12 @@ def run_block(t: Operations, block: Block, x: Tensor) -> Tensor:
     return _RESIDUALS[block.residual](t, block, x)
 
 
-def mix(t: Operations, mixer: Mixer | None, x: Tensor) -> Tensor:
-    """The token mixer's branch."""
+def mix(t: Operations, mixer: Mixer | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The token mixer's branch, and what else the module returns, which a local variable of the block keeps."""
     if isinstance(mixer, Attention):
         return attend(t, mixer, x, x.dims[-1])
+    if isinstance(mixer, LatentAttention):
+        return attend_latent(t, mixer, x, x.dims[-1]), None
     raise NotCovered(f"activations of {type(mixer).__name__} are not in the ledger.")
 
 
@@ -29,20 +33,102 @@ def transform(t: Operations, ffn: Mlp | Moe | None, x: Tensor) -> Tensor:
     """The feed-forward branch."""
     if isinstance(ffn, Mlp):
         return feed_forward(t, ffn, x, x.dims[-1])
+    if isinstance(ffn, Moe):
+        return mixture_of_experts(t, ffn, x, x.dims[-1])
     raise NotCovered(f"activations of {type(ffn).__name__} are not in the ledger.")
 
 
 def _sequential(t: Operations, block: Block, x: Tensor) -> Tensor:
     residual = x
     x = normalise(t, block.norm, block.norm_names[0], x)
-    x = mix(t, block.mixer, x)
-    x = t.dropout(x, block.dropout)
-    x = t.add(residual, x)
+    x, _weights = mix(t, block.mixer, x)
+    x = t.add(residual, _branch(t, block, x, mixer=True))
     residual = x
     x = normalise(t, block.norm, block.norm_names[1], x)
     x = transform(t, block.ffn, x)
-    x = t.dropout(x, block.dropout)
-    return t.add(residual, x)
+    return t.add(residual, _branch(t, block, x))
 
 
-_RESIDUALS = {"sequential": _sequential}
+def _parallel(t: Operations, block: Block, x: Tensor) -> Tensor:
+    """Both branches read the block's input; they share a norm or have one each."""
+    normed = normalise(t, block.norm, block.norm_names[0], x)
+    if len(block.norm_names) == 1:
+        mixed, _weights = mix(t, block.mixer, normed)
+        mixed = _branch(t, block, mixed, mixer=True)
+        fed = _branch(t, block, transform(t, block.ffn, normed))
+    elif t.family == "falcon":
+        other = normalise(t, block.norm, block.norm_names[1], x)
+        mixed, _weights = mix(t, block.mixer, normed)
+        fed = transform(t, block.ffn, other)
+    else:
+        mixed, _weights = mix(t, block.mixer, normed)
+        del normed
+        mixed = _branch(t, block, mixed, mixer=True)
+        fed = _branch(t, block, transform(t, block.ffn, normalise(t, block.norm, block.norm_names[1], x)))
+    if t.family == "falcon":
+        fed = t.add_(fed, mixed)
+        return t.add(x, t.dropout(fed, block.dropout))
+    return t.add(t.add(mixed, fed), x)
+
+
+def _post(t: Operations, block: Block, x: Tensor) -> Tensor:
+    residual = x
+    x, _weights = mix(t, block.mixer, x)
+    x = t.add(residual, _branch(t, block, x, mixer=True))
+    del residual
+    x = normalise(t, block.norm, block.norm_names[0], x)
+    residual = x
+    x = transform(t, block.ffn, x)
+    x = t.add(residual, _branch(t, block, x))
+    return normalise(t, block.norm, block.norm_names[1], x)
+
+
+def _sandwich(t: Operations, block: Block, x: Tensor) -> Tensor:
+    residual = x
+    x = normalise(t, block.norm, block.norm_names[0], x)
+    x, _weights = mix(t, block.mixer, x)
+    x = normalise(t, block.norm, block.post_norm_names[0], x)
+    x = t.add(residual, _branch(t, block, x, mixer=True))
+    residual = x
+    x = normalise(t, block.norm, block.norm_names[1], x)
+    x = transform(t, block.ffn, x)
+    x = normalise(t, block.norm, block.post_norm_names[1], x)
+    return t.add(residual, _branch(t, block, x))
+
+
+def _post_only(t: Operations, block: Block, x: Tensor) -> Tensor:
+    residual = x
+    x, _weights = mix(t, block.mixer, x)
+    x = normalise(t, block.norm, block.post_norm_names[0], x)
+    x = t.add(residual, _branch(t, block, x, mixer=True))
+    residual = x
+    x = transform(t, block.ffn, x)
+    x = normalise(t, block.norm, block.post_norm_names[1], x)
+    return t.add(residual, _branch(t, block, x))
+
+
+def _single(t: Operations, block: Block, x: Tensor) -> Tensor:
+    residual = x
+    x = normalise(t, block.norm, block.norm_names[0], x)
+    if block.mixer is None:
+        x = transform(t, block.ffn, x)
+    else:
+        x, _weights = mix(t, block.mixer, x)
+    return t.add(residual, _branch(t, block, x, mixer=block.mixer is not None))
+
+
+def _branch(t: Operations, block: Block, x: Tensor, *, mixer: bool = False) -> Tensor:
+    """What happens to a branch before it is added: dropout, or a constant factor."""
+    if block.branch_scaled:
+        x = t.scale(x)
+    return t.dropout(x, block.dropout) if block.mixer_dropout or not mixer else x
+
+
+_RESIDUALS = {
+    "sequential": _sequential,
+    "parallel": _parallel,
+    "post": _post,
+    "sandwich": _sandwich,
+    "post_only": _post_only,
+    "single": _single,
+}

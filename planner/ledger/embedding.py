@@ -19,6 +19,7 @@ def embed(t: Operations, spec: Embedding, batch: str = "B", sequence: str = "S")
     t.module = spec.name
     table = t.weight(f"{spec.name}.weight", (rows, size))
     (x,) = t.apply("embedding", [table], [((batch, sequence, size), table.dtype)])
+    t.model_locals.append(x.storage)  # the model's `inputs_embeds`
     if spec.scaled:
         x = t.scale(x)
     if spec.types:

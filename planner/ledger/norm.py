@@ -17,6 +17,8 @@ def normalise(t: Operations, norm: Norm | None, name: str, x: Tensor) -> Tensor:
     if norm is None:
         return x
     t.module = name
+    if norm.kind == "layernorm" and norm.fp32 and not t.profile.fused_norm:
+        return _layernorm_in_fp32(t, norm, name, x)
     if t.profile.fused_norm or norm.kind == "layernorm":
         return _native(t, norm, name, x)
     if norm.kind == "rmsnorm" and t.profile.name == "litgpt" or norm.kind == "rmsnorm_1p":
@@ -49,6 +51,8 @@ def _rmsnorm(t: Operations, norm: Norm, name: str, x: Tensor) -> Tensor:
     scale = _inverse_rms(t, hidden)
     hidden = t.mul(hidden, scale)
     del scale
+    if t.family in _WEIGHS_IN_FP32:
+        return t.to(t.mul(t.weight(name + ".weight", (x.dims[-1],)), hidden), dtype)
     hidden = t.to(hidden, dtype)
     return t.mul(t.weight(name + ".weight", (x.dims[-1],)), hidden) if norm.affine else hidden
 
@@ -66,9 +70,37 @@ def _rmsnorm_in_fp32(t: Operations, norm: Norm, name: str, x: Tensor) -> Tensor:
     return t.to(t.mul(hidden, row), x.dtype)
 
 
+def _layernorm_in_fp32(t: Operations, norm: Norm, name: str, x: Tensor) -> Tensor:
+    """Layer norm of an upcast input: one kernel when there is no weight (OLMo), by hand when there is one (Cohere).
+
+    By hand: d = x32 - mean, made twice; (d ** 2).mean; d * rsqrt(...); weight32 * that; back to x's format. Saved, in
+    fp32 each: both d's and the normalised value, whatever the format of x.
+    """
+    dtype = x.dtype
+    hidden = t.to(x, "fp32")
+    if not norm.affine:
+        return t.to(_native(t, norm, name, hidden), dtype)
+    (mean,) = t.apply("mean", [hidden], [((*hidden.dims[:-1], "1"), "fp32")])
+    scale = _inverse_rms(t, t.subtract(hidden, mean))
+    hidden = t.mul(t.subtract(hidden, mean), scale)
+    del mean, scale
+    dims = hidden.dims[-2:] if norm_by_head(norm, hidden) else hidden.dims[-1:]
+    weight = t.weight(name + ".weight", dims)
+    (row,) = t.apply("to", [weight], [(weight.dims, "fp32")]) if weight.dtype != "fp32" else (weight,)
+    return t.to(t.mul(row, hidden), dtype)
+
+
+def norm_by_head(norm: Norm, x: Tensor) -> bool:
+    """Whether the weights of a norm over (B, S, A, D) differ by head (Cohere): such input has four dims."""
+    return norm.kind == "layernorm" and norm.affine and len(x.dims) == 4
+
+
 def _inverse_rms(t: Operations, hidden: Tensor) -> Tensor:
     """rsqrt(mean(hidden ** 2) + eps): saves hidden and its own result."""
     square = t.map("pow", hidden)
     (mean,) = t.apply("mean", [square], [((*hidden.dims[:-1], "1"), "fp32")])
     del square
     return t.map("rsqrt", t.scale(mean, "add scalar"), saves="output")
+
+
+_WEIGHS_IN_FP32 = frozenset({"olmo2", "olmo3", "flex_olmo"})  # the weight meets the fp32 value, before the cast

@@ -18,7 +18,8 @@ __all__ = ["Operations"]
 
 # Tensors as large as the input that the derivative of an elementwise function makes on its way:
 # pow(x, n): n * x ** (n - 1) before it meets the gradient (FunctionsManual.cpp, pow_backward).
-_BACKWARD_SCRATCH = {"pow": 2}
+# softmax: grad * output (SoftMax.cu, softmax_backward_cuda_out).
+_BACKWARD_SCRATCH = {"pow": 2, "softmax": 1, "safe_softmax": 1}
 
 
 @dataclass(slots=True)
@@ -39,8 +40,12 @@ class Operations(Tape):
     prefix: str = ""
     unpacked: str = "bf16"  # what 4-bit weights are unpacked to outside autocast
     held: list[Storage] = field(default_factory=list)
+    model_locals: list[Storage] = field(
+        default_factory=list
+    )  # local variables of the model's forward, around the blocks
     profile: Profile = field(default_factory=lambda: profile_named("transformers"))
     attention: str = "sdpa"
+    family: str = ""  # the model_type, for what its reference modules do their own way
     embedding_name: str = "model.embed_tokens.weight"  # the table that a tied head shares
     rotary: tuple[Tensor, ...] = ()
     masks: dict[tuple[str, str], Tensor] = field(default_factory=dict)
@@ -138,6 +143,11 @@ class Operations(Tape):
         same = [value.dims == dims and value.dtype == dtype for value in (first, second)]
         return self.apply("add", [first, second], [(dims, dtype)], alias=same)[0]
 
+    def subtract(self, x: Tensor, row: Tensor) -> Tensor:
+        """x minus one value a row; that value's gradient is negated at full size before it is summed."""
+        whole = (x.dims, x.dtype)
+        return self.apply("sub", [x, row], [whole], alias=[True, False], raw_gradients=[None, whole])[0]
+
     def add_(self, x: Tensor, other: Tensor) -> Tensor:
         """In-place sum: the result has x's storage."""
         return self.apply("add_", [x, other], [(x.dims, x.dtype)], alias=True, in_place=True)[0]
@@ -225,9 +235,7 @@ class Operations(Tape):
 
     def softmax_fp32(self, scores: Tensor) -> Tensor:
         """softmax(scores, dtype=float32).to(scores.dtype): keeps the fp32 result."""
-        dtype = scores.dtype
-        scores = self.to(scores, "fp32")
-        return self.to(self.map("softmax", scores, saves="output"), dtype)
+        return self.to(self.map("softmax", self.to(scores, "fp32"), saves="output"), scores.dtype)
 
     def position_batch(self, batch: str) -> str:
         """The batch dim of position embeddings: one row of positions serves the whole batch."""

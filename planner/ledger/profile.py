@@ -5,9 +5,9 @@ A flag says what a named implementation does differently from the plainest one; 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from planner.errors import UnknownField, nearest
+from planner.errors import PlanError, UnknownField, nearest
 
 __all__ = ["Profile", "profile_named"]
 
@@ -16,24 +16,46 @@ __all__ = ["Profile", "profile_named"]
 class Profile:
     """What one implementation does.
 
-    fused_norm: norms are one kernel. fused_rope: rotary embedding is one kernel. fused_glu: activation times gate is.
+    fused_norm: RMS norms are one kernel. fused_rope: rotary embedding is one kernel, working in place. fused_glu:
+    activation times gate is one kernel.
+    in_place_gradients: fused kernels write gradients into memory that they are handed: a norm into the gradient of
+    its output, a gated activation into its inputs.
     grouped_attention: the fused attention kernel reads K key/value heads; otherwise they are first repeated to A.
-    loss: how logits turn into a loss (see `planner.ledger.loss_head`).
+    loss: how logits turn into a loss (see `planner.ledger.loss_head`); losses: the same, for the families (model_type)
+    whose modules do it otherwise.
+    fused_linear_loss: which of Liger's fused projections and losses `loss: liger` runs, by its version.
+    holds_logits: the training loop's own variable keeps the logits until the next forward pass has ended.
     reentrant: which form of torch's checkpoint recomputes a block.
-    repeats_mask: a causal mask tensor (S x S) is materialised for the fused kernel.
+    adapters_follow_weights: adapters are in the base weights' format; otherwise as the plan says.
     """
 
     name: str
     version: str
+    kernels: str | None = None
     fused_norm: bool = False
     fused_rope: bool = False
     fused_glu: bool = False
+    in_place_gradients: bool = False
     grouped_attention: bool = True
     loss: str = "float_then_flat"
+    losses: tuple[tuple[str, str], ...] = field(default=())
+    fused_linear_loss: str = "liger-0.6"
+    holds_logits: bool = False
     reentrant: bool = False
     native_rope_fp32: bool = False
+    adapters_follow_weights: bool = False
     source: str = ""
 
+    def loss_for(self, family: str) -> str:
+        """The loss that this implementation's modules of a family compute when the plan asks for nothing else."""
+        return dict(self.losses).get(family, self.loss)
+
+
+# In transformers 4.x these compute the loss in the logits' own format (modeling_<family>.py, ...ForCausalLM.forward),
+# and these turn the projection's result to fp32 at once.
+_NO_UPCAST = ("gpt2", "gpt_bigcode", "gpt_neox", "opt", "bloom", "falcon", "mpt", "stablelm")
+_UPCAST_AT_ONCE = ("gptj", "codegen")
+_LOSSES_OF_4 = (*((name, "shift") for name in _NO_UPCAST), *((name, "float_at_once") for name in _UPCAST_AT_ONCE))
 
 _PROFILES: dict[str, tuple[Profile, ...]] = {
     # newest first
@@ -45,21 +67,70 @@ _PROFILES: dict[str, tuple[Profile, ...]] = {
         ),
         Profile(
             name="transformers",
-            version="4.48",
+            version="4.46",
             grouped_attention=False,
             loss="float_then_shift",
+            losses=_LOSSES_OF_4,
+            fused_linear_loss="liger-0.4",
             reentrant=True,
             source="transformers 4.48.1: modeling_llama.py, loss/loss_utils.py, modeling_utils.py",
+        ),
+        Profile(
+            name="transformers",
+            version="4.45",
+            grouped_attention=False,
+            loss="float_at_once",
+            losses=(*_LOSSES_OF_4, ("granite", "float_again")),
+            fused_linear_loss="liger-0.4",
+            reentrant=True,
+            source="transformers 4.45.2: modeling_llama.py, modeling_mistral.py, modeling_granite.py",
+        ),
+    ),
+    "litgpt": (
+        Profile(
+            name="litgpt",
+            version="0.5",
+            grouped_attention=False,
+            loss="litgpt_chunks",
+            reentrant=False,
+            adapters_follow_weights=True,
+            source="litgpt 26857050: litgpt/model.py, lora.py, utils.py, finetune/lora.py; Lightning Fabric's wrappers.py",
+        ),
+    ),
+    "torchtune": (
+        Profile(
+            name="torchtune",
+            version="0.4",
+            fused_norm=True,
+            loss="torchtune_chunks",
+            adapters_follow_weights=True,
+            source="torchtune 1814feb1 (2024-11): modules/transformer.py, modules/loss/ce_chunked_output_loss.py",
         ),
     ),
 }
 
+# What a kernel library changes in the modules of transformers.
+_KERNELS: dict[str, dict[str, bool]] = {
+    # Liger-Kernel 0.4 transformers/monkey_patch.py: rope, rms_norm, swiglu; ops/rms_norm.py (in_place), ops/swiglu.py
+    "liger": {"fused_norm": True, "fused_rope": True, "fused_glu": True, "in_place_gradients": True},
+    # fms-acceleration fused-ops-and-kernels, models/llama.py: fast RMSNorm, RoPE and loss; no fused MLP outside 4-bit LoRA
+    "foak": {"fused_norm": True, "fused_rope": True, "in_place_gradients": True},
+}
 
-def profile_named(name: str, version: str | None = None) -> Profile:
-    """The profile of an implementation; the newest one when no version is given, else the newest not after it."""
+
+def profile_named(name: str, version: str | None = None, kernels: str | None = None) -> Profile:
+    """The profile of an implementation; the newest one when no version is given, else the newest not after it.
+
+    kernels: a library that replaces some of its modules. Raises UnknownField for names and versions that are not
+    described here, PlanError for kernels that do not go with the implementation.
+    """
     known = _PROFILES.get(name)
     if known is None:
         raise UnknownField(f'implementation "{name}" is not known; {nearest(name, _PROFILES)}')
+    return _with_kernels(_version(known, name, version), kernels)
+
+
+def _version(known: tuple[Profile, ...], name: str, version: str | None) -> Profile:
     if version is None:
         return known[0]
     wanted = _numbers(version)
@@ -67,7 +138,21 @@ def profile_named(name: str, version: str | None = None) -> Profile:
         if _numbers(profile.version) <= wanted:
             return profile
     oldest = known[-1].version
-    raise UnknownField(f'{name} {version} is older than the oldest version described here, {oldest}.')
+    raise UnknownField(f"{name} {version} is older than the oldest version described here, {oldest}.")
+
+
+def _with_kernels(profile: Profile, kernels: str | None) -> Profile:
+    if kernels is None:
+        return profile
+    if kernels not in _KERNELS:
+        raise UnknownField(f'implementation.kernels "{kernels}" is not known; {nearest(kernels, _KERNELS)}')
+    if profile.name != "transformers":
+        raise PlanError(f"implementation.kernels {kernels} replaces modules of transformers, not of {profile.name}.")
+    if kernels == "foak":
+        losses = {"float_then_shift": "fused_after_shift", "float_at_once": "fused_at_once"}
+        loss = losses.get(profile.loss, "fused")
+        profile = replace(profile, loss=loss, losses=())
+    return replace(profile, kernels=kernels, **_KERNELS[kernels])
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ The record has one segment for the embedding, one for each distinct block, and o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.ledger.adapters import adapter_for
-from planner.ledger.attention import rotary_tables
+from planner.ledger.attention import rotary_tables, shared_masks
 from planner.ledger.block import run_block
 from planner.ledger.embedding import embed
+from planner.ledger.gathering import Gathering, ShardedOperations, Unit
 from planner.ledger.loss_head import loss_of
 from planner.ledger.norm import normalise
 from planner.ledger.operations import Operations
+from planner.ledger.parameters import StateTensor, block_tensors, state_tensors
 from planner.ledger.profile import Profile
 from planner.ledger.tape import Tensor
 from planner.model.shape import Attention, Block, LatentAttention, ModelShape
@@ -27,7 +29,22 @@ from planner.plan import Method, Precision, Recompute
 
 __all__ = ["CATEGORIES", "Setting", "Stretch", "StepRecord", "record_step"]
 
-CATEGORIES = ("inputs", "activations", "logits_and_loss", "gradients", "temporaries")
+CATEGORIES = (
+    "inputs",
+    "activations",
+    "logits_and_loss",
+    "gradients",
+    "unsharded_parameters",
+    "communication_buffers",
+    "temporaries",
+)
+_OF_SHARDING = {
+    "gathered weights": "unsharded_parameters",
+    "prefetched weights": "unsharded_parameters",
+    "all-gather result": "communication_buffers",
+    "reduce-scatter input": "communication_buffers",
+    "sharded gradient": "gradients",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +61,8 @@ class Setting:
     profile: Profile
     accumulate: bool = False
     hooked: bool = False
+    offload_activations: bool = False
+    gathering: Gathering | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,39 +82,51 @@ class Stretch:
 class StepRecord:
     """The record, cut into stretches. `layers[i]` is the segment of block i; segment 0 is the embedding."""
 
-    tape: Operations
+    tape: ShardedOperations
     layers: tuple[int, ...]
     head: int
     forward: dict[int, Stretch]
     backward: dict[int, Stretch]
     release: dict[int, Stretch]
     categories: NDArray[np.int64]
+    stashed: dict[int, list[int]]
 
 
 def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
     """Record one pass. Raises NotCovered when the model has a part whose activations are not in the ledger."""
     t = _tape(setting)
+    if setting.gathering is not None:
+        tensors = state_tensors(shape, setting.method, setting.precision)
+        t.units[0] = unit_of([tensor for tensor in tensors if tensor.unit == "root"], setting)
     t.begin("forward", 0)
+    t.enter("forward", 0)
     ids = t.constant("input_ids", ("B", "S"), "int64")
     if shape.embedding is not None:
         t.embedding_name = f"{shape.embedding.name}.weight"
     x = embed(t, shape.embedding) if shape.embedding is not None else t.constant("input", ("B", "S", "H"), "fp32")
     if setting.method.name in ("lora", "qlora", "ia3", "adapter") and setting.recompute.mode != "none":
         x.requires_grad = True  # peft's enable_input_require_grads, without which a checkpointed block has no gradient
+    t.family = shape.model_type
     _shared_tables(t, shape, x.dtype)
-    layers, segments = _run_blocks(t, shape, setting, [x])
-    x = segments.pop()
+    shared_masks(t, shape, x.dtype)
+    flow = [x]
+    del x
+    layers = _run_blocks(t, shape, setting, flow)
     head = max(layers, default=0) + 1
     t.prefix = ""
     t.begin("forward", head)
     assert shape.head is not None
-    x = normalise(t, shape.head.norm, shape.head.norm_name, x)
+    x = normalise(t, shape.head.norm, shape.head.norm_name, flow.pop())
+    t.model_locals.clear()
+    if not _recomputes(setting.recompute):
+        t.masks.clear()  # recomputed blocks keep the masks that they were called with
     loss = loss_of(t, shape.head, x, setting.loss)
     del x
     for segment in range(head + 1):
         t.begin("release", segment)
         for name in [name for name, cast in t.casts.items() if t.rows[cast.storage.index - 1].segment == segment]:
             del t.casts[name]
+    stashed = dict(t.stashed)
     t.begin("backward", head)
     t.backward(loss)
     t.begin("end", 0)
@@ -104,28 +135,52 @@ def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
     t.rotary = ()
     t.masks.clear()
     del ids
-    return _cut(t, tuple(layers), head)
+    return _cut(t, tuple(layers), head, stashed)
 
 
-def _tape(setting: Setting) -> Operations:
+def _tape(setting: Setting) -> ShardedOperations:
     precision, method = setting.precision, setting.method
     full = method.name == "full"
     upcast = method.name == "qlora" and method.upcast
     base = "fp32" if upcast else precision.weights
-    return Operations(
+    gathering = setting.gathering
+    if gathering is not None and gathering.shards_weights and gathering.casts:
+        base = precision.compute
+    return ShardedOperations(
+        gathering=gathering,
         sizes={"1": 1, "B": setting.micro_batch_size, "S": setting.sequence_length},
-        accumulate=setting.accumulate,
+        accumulate=setting.accumulate and gathering is None,
+        keeps_shares=not setting.accumulate,
+        offloads=setting.offload_activations,
         hooked=setting.hooked,
         reentrant=setting.profile.reentrant,
         profile=setting.profile,
         attention=setting.attention,
         weight_dtype=lambda _: base,
         trainable=lambda _: full,
-        compute=precision.compute if precision.autocast else None,
+        compute=precision.compute if precision.autocast and not (gathering and gathering.casts) else None,
         unpacked=precision.compute,
         quantized=(lambda name: name != "lm_head") if method.name == "qlora" else (lambda _: False),
         adapter=adapter_for(method),
     )
+
+
+def unit_of(tensors: Sequence[StateTensor], setting: Setting) -> Unit:
+    """Sizes of one gathered unit: its tensors by the format they are gathered in, and those that train."""
+    gathered: dict[str, int] = {}
+    trained: dict[str, int] = {}
+    casts = setting.gathering is not None and setting.gathering.casts
+    for tensor in tensors:
+        elements = tensor.repeat * tensor.elements
+        if tensor.packed:
+            gathered["uint8"] = gathered.get("uint8", 0) + elements // 2
+            continue
+        dtype = setting.precision.compute if casts else tensor.dtype
+        gathered[dtype] = gathered.get(dtype, 0) + elements
+        if tensor.trainable:
+            trained[dtype] = trained.get(dtype, 0) + elements
+    frozen = any(not tensor.trainable for tensor in tensors)
+    return Unit(tuple(gathered.items()), tuple(trained.items()), frozen)
 
 
 def _shared_tables(t: Operations, shape: ModelShape, dtype: str) -> None:
@@ -141,53 +196,85 @@ def _shared_tables(t: Operations, shape: ModelShape, dtype: str) -> None:
             return
 
 
-def _run_blocks(
-    t: Operations, shape: ModelShape, setting: Setting, flow: list[Tensor]
-) -> tuple[list[int], list[Tensor]]:
-    """Run each distinct block once; `flow` holds the running hidden states so that nobody else keeps them alive."""
-    segment_of: dict[tuple[int, bool, bool], int] = {}
-    kinds: dict[int, int] = {}
-    first_of: dict[Block, int] = {}
-    layers: list[int] = []
-    count = len(shape.blocks)
-    for index, block in enumerate(shape.blocks):
-        kind = kinds.get(id(block))
-        if kind is None:
-            kind = kinds[id(block)] = first_of.setdefault(block, len(first_of))
-        trains = _layer_trains(setting.method, index, count)
-        key = (kind, flow[0].requires_grad, trains)
+def _run_blocks(t: ShardedOperations, shape: ModelShape, setting: Setting, flow: list[Tensor]) -> list[int]:
+    """Run each distinct group of blocks once; `flow` holds the running hidden states so that nobody else does.
+
+    A group is what is checkpointed together, else one block. The first has a segment of its own: what it takes in is
+    not another block's output, and may live longer. So has the last where its neighbour keeps what it passes on.
+    """
+    segment_of: dict[tuple[object, ...], int] = {}
+    order: list[int] = []
+    size = _group_size(setting.recompute, len(shape.blocks))
+    first_trained = len(shape.blocks) - setting.method.trainable_layers
+    keeps = setting.gathering is not None and setting.gathering.engine == "fsdp1"
+    kinds = _kinds(shape.blocks)
+    for start in range(0, len(shape.blocks), size):
+        indices = range(start, min(start + size, len(shape.blocks)))
+        blocks = [shape.blocks[index] for index in indices]
+        trains = tuple(setting.method.name == "frozen" and index >= first_trained for index in indices)
+        last = keeps and indices.stop == len(shape.blocks)
+        key = (tuple(kinds[index] for index in indices), flow[0].requires_grad, trains, start == 0, last)
         segment = segment_of.get(key)
         if segment is None:
             segment = segment_of[key] = len(segment_of) + 1
             t.begin("forward", segment)
-            t.prefix = f"{segment}:"
-            if setting.method.name == "frozen":
-                t.trainable = lambda _, trains=trains: trains
-            program = _program(t, block)
-            if _recomputes(setting.recompute):
-                flow.append(t.checkpoint(program, flow[0]))
-            else:
-                flow.append(program(flow[0]))
+            if setting.gathering is not None:
+                tensors = block_tensors(blocks[0], shape.hidden, setting.method, setting.precision, trains=trains[0])
+                t.units[segment] = unit_of(tensors, setting)
+            t.enter("forward", segment)
+            program = _program(t, blocks, trains, f"{segment}", setting.method.name == "frozen")
+            recomputed = _recomputes(setting.recompute)
+            flow.append(t.checkpoint(program, flow[0]) if recomputed else program(flow[0]))
             flow.pop(0)
-        layers.append(segment)
-    if setting.method.name == "frozen":
-        t.trainable = lambda _: True
-    return layers, flow
+            t.leave("forward", segment)
+        order.append(segment)
+    return order
 
 
-def _program(t: Operations, block: Block) -> Callable[[Tensor], Tensor]:
-    return lambda x: run_block(t, block, x)
-
-
-def _layer_trains(method: Method, index: int, count: int) -> bool:
-    return method.name == "frozen" and index >= count - method.trainable_layers
+def _kinds(blocks: Sequence[Block]) -> list[int]:
+    """A number for each block, equal for equal blocks; by identity first, as hashing a block costs far more."""
+    by_object: dict[int, int] = {}
+    by_value: dict[Block, int] = {}
+    for block in blocks:
+        if id(block) not in by_object:
+            by_object[id(block)] = by_value.setdefault(block, len(by_value))
+    return [by_object[id(block)] for block in blocks]
 
 
 def _recomputes(recompute: Recompute) -> bool:
-    return recompute.mode == "full"
+    """Whether whole blocks run again in backward."""
+    return recompute.mode in ("full", "every", "sqrt")
 
 
-def _cut(t: Operations, layers: tuple[int, ...], head: int) -> StepRecord:
+def _group_size(recompute: Recompute, blocks: int) -> int:
+    """Blocks checkpointed together: k for `every`, about sqrt(n) for `sqrt` (Chen et al. 2016, section 4.1)."""
+    if recompute.mode == "every":
+        return recompute.every
+    return max(round(blocks**0.5), 1) if recompute.mode == "sqrt" else 1
+
+
+def _program(
+    t: Operations, blocks: Sequence[Block], trains: Sequence[bool], name: str, partly: bool
+) -> Callable[[Tensor], Tensor]:
+    """One group's forward pass. It names its weights itself, as it may run again in backward."""
+
+    def run(x: Tensor) -> Tensor:
+        flow = [x]
+        del x
+        for position, block in enumerate(blocks):
+            t.prefix = f"{name}.{position}:"
+            if partly:
+                t.trainable = lambda _, trains=trains[position]: trains
+            flow.append(run_block(t, block, flow[0]))
+            flow.pop(0)
+        if partly:
+            t.trainable = lambda _: True
+        return flow.pop()
+
+    return run
+
+
+def _cut(t: ShardedOperations, layers: tuple[int, ...], head: int, stashed: dict[int, list[int]]) -> StepRecord:
     sizes = np.stack(np.broadcast_arrays(*[np.asarray(row.size, dtype=np.int64) for row in t.rows]))
     events = np.array(t.events, dtype=np.int64)
     rows = np.abs(events) - 1
@@ -195,6 +282,7 @@ def _cut(t: Operations, layers: tuple[int, ...], head: int) -> StepRecord:
     deltas = sizes[rows] * signs
     stretches: dict[str, dict[int, Stretch]] = {"forward": {}, "backward": {}, "release": {}, "end": {}}
     starts = [start for _, _, start in t.marks]
+    outlive: set[int] = set()
     for (phase, segment, start), stop in zip(t.marks, [*starts[1:], len(events)], strict=True):
         part = deltas[start:stop]
         if stop == start and segment in stretches[phase]:
@@ -203,21 +291,36 @@ def _cut(t: Operations, layers: tuple[int, ...], head: int) -> StepRecord:
         total = running[-1] if len(part) else np.int64(0)
         peak = np.maximum(running.max(axis=0), 0) if len(part) else np.int64(0)
         stretches[phase][segment] = Stretch(part, rows[start:stop], total, peak)
+        if phase == "forward":
+            outlive.update(set(events[start:stop] - 1) - set(-events[start:stop] - 1))
     return StepRecord(
-        t, layers, head, stretches["forward"], stretches["backward"], stretches["release"], _categories(t, head)
+        t,
+        layers,
+        head,
+        stretches["forward"],
+        stretches["backward"],
+        stretches["release"],
+        _categories(t, head, outlive),
+        stashed,
     )
 
 
-def _categories(t: Operations, head: int) -> NDArray[np.int64]:
+def _categories(t: Operations, head: int, outlive: set[int]) -> NDArray[np.int64]:
+    """The category of each row; `outlive` are those still alive when the forward stretch that made them ends."""
     kept = {storage.index for storage in t.gradients.values()}
     result = np.full(len(t.rows), CATEGORIES.index("temporaries"), dtype=np.int64)
     for position, row in enumerate(t.rows):
-        if row.role == "gradient" or position + 1 in kept:
-            result[position] = CATEGORIES.index("gradients")
+        if row.operator in _OF_SHARDING:
+            name = _OF_SHARDING[row.operator]
+        elif row.role == "gradient" or position + 1 in kept:
+            name = "gradients"
         elif row.operator == "input_ids":
-            result[position] = CATEGORIES.index("inputs")
+            name = "inputs"
         elif row.module in ("loss", "lm_head"):
-            result[position] = CATEGORIES.index("logits_and_loss")
-        elif position + 1 in t.saved:
-            result[position] = CATEGORIES.index("activations")
+            name = "logits_and_loss"
+        elif position + 1 in t.saved or position in outlive:
+            name = "activations"
+        else:
+            continue
+        result[position] = CATEGORIES.index(name)
     return result

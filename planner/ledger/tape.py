@@ -97,17 +97,19 @@ class Parameter:
 class Node:
     """The backward function of one operation."""
 
-    __slots__ = ("edges", "grads", "module", "operator", "recompute", "saved", "scratch", "segment")
+    __slots__ = ("edges", "grads", "module", "operator", "recompute", "saved", "saves", "scratch", "segment", "wanted")
 
     def __init__(self, operator: str, module: str, segment: int, outputs: int) -> None:
         self.operator = operator
         self.module = module
         self.segment = segment
         self.saved: list[Storage] = []
+        self.saves = False  # whether torch saves anything for it, weights included
         self.edges: list[Edge] = []
         self.scratch: tuple[tuple[Dims, str], ...] = ()
         self.grads: list[Storage | None] = [None] * outputs
-        self.recompute: Callable[[Tensor], Tensor] | None = None
+        self.recompute: Callable[..., Tensor] | None = None
+        self.wanted: list[bool] = []
 
 
 @dataclass(slots=True)
@@ -121,6 +123,7 @@ class Edge:
     dims: Dims
     dtype: str
     raw: tuple[Dims, str] | None = None  # what the formula yields before it is summed and cast to dims and dtype
+    memory: Storage | None = None  # an existing storage that the gradient is written into
 
 
 @dataclass(slots=True)
@@ -138,6 +141,9 @@ class Tape:
     accumulate: bool = False
     hooked: bool = False
     reentrant: bool = True
+    nested: bool = False
+    unpacks: bool = False  # saved tensors come out of a checkpoint's hooks: gone as soon as the formula has run
+    needed: int = 0  # rows that existed when the latest operation to save something saved it
     rows: list[Row] = field(default_factory=list)
     events: list[int] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
@@ -213,6 +219,7 @@ class Tape:
         backward_scratch: Sequence[tuple[Dims, str]] = (),
         gradient_dims: Sequence[tuple[Dims, str] | None] | None = None,
         raw_gradients: Sequence[tuple[Dims, str] | None] = (),
+        gradients_in: Sequence[Storage | None] = (),
     ) -> list[Tensor]:
         """Run one operation and record it.
 
@@ -225,9 +232,11 @@ class Tape:
         gradient_dims: size of each input's gradient where it is not the input's own.
         raw_gradients: what the formula makes for each input before autograd sums it to the input's shape and casts
         it to the input's format (engine.cpp, validate_outputs: once all gradients of the node exist).
+        gradients_in: for each input, memory that its gradient is written into by kernels that work in place.
         """
         requires_grad = self.enabled and any(trains(value) for value in inputs)
         node = Node(operator, self.module, self.segment, len(outputs)) if requires_grad else None
+        before = len(self.rows)
         held = [self.allocate(operator, dims, dtype) for dims, dtype in scratch]
         results = []
         for position, (dims, dtype) in enumerate(outputs):
@@ -249,8 +258,15 @@ class Tape:
                     shared = alias if isinstance(alias, bool) else alias[position]
                     edge = _edge(value, size or (value.dims, value.dtype), shared or (view and not copies))
                     edge.raw = raw_gradients[position] if raw_gradients else None
+                    edge.memory = gradients_in[position] if gradients_in else None
                     node.edges.append(edge)
             self.nodes.append(node)
+            weighs = not alias and any(isinstance(value, Parameter) for value in inputs)
+            node.saves = bool(node.saved) or weighs
+            if saves_outputs or extra_saved:
+                self.needed = len(self.rows)
+            elif node.saves:
+                self.needed = before  # what is saved of an input is saved before the operation runs
         elif extra_saved:
             held.extend(self.allocate(operator, dims, dtype) for dims, dtype in extra_saved)
         held.clear()
@@ -271,52 +287,102 @@ class Tape:
 
     def run_backward(self, first: int = 0) -> None:
         """Run every recorded node that has received a gradient, newest first, down to position `first`."""
+        nested = self.nested
+        self.nested = True
         segment = None
         while len(self.nodes) > first:
             node = self.nodes.pop()
-            if node.segment != segment:
+            if node.segment != segment and not nested:
+                if segment is not None:
+                    self.leave("backward", segment)
                 segment = node.segment
                 self.begin("backward", segment)
+                self.enter("backward", segment)
             if any(grad is not None for grad in node.grads):
                 self._run(node)
+        if segment is not None:
+            self.leave("backward", segment)
+        self.nested = nested
 
-    def checkpoint(self, program: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def enter(self, phase: str, segment: int) -> None:
+        """Called when a segment begins; sharded training gathers weights here."""
+
+    def recomputed(self, x: Storage, gradient: Storage | None) -> None:
+        """Called with a recomputed block's input and its gradient, before they are let go."""
+
+    def leave(self, phase: str, segment: int) -> None:
+        """Called when a segment has ended; sharded training reduces gradients here."""
+
+    def checkpoint(self, program: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Run `program` without recording what it would save, and run it again when its gradient is needed.
 
-        What stays alive in between is `x`. During the second run the block's own output stays alive until its
-        backward is done (torch/utils/checkpoint.py: a local variable of the reentrant form holds it; the
-        non-reentrant form stops before the last operations, which is the same but for that output).
+        What stays alive in between is the inputs. During the second run of the reentrant form the block's own output
+        stays alive until its backward is done (torch/utils/checkpoint.py: a local variable holds it).
         """
         enabled, self.enabled = self.enabled, False
-        result = program(x)
+        result = program(*inputs)
         self.enabled = enabled
         if not enabled:
             return result
         node = Node("checkpoint", self.module, self.segment, 1)
-        self._save(node, x.storage)
-        node.edges.append(Edge(x.node, x.output, None, True, x.dims, x.dtype))
+        for x in inputs:
+            self._save(node, x.storage)
+            node.edges.append(Edge(x.node, x.output, None, True, x.dims, x.dtype))
+            node.wanted.append(x.requires_grad)
         node.recompute = program
         self.nodes.append(node)
         return Tensor(result.storage, result.dims, result.dtype, requires_grad=True, node=node, output=0)
 
     def _rerun(self, node: Node) -> None:
         assert node.recompute is not None
-        edge = node.edges[0]
-        sink = Node("leaf", node.module, node.segment, 1)
-        x = Tensor(node.saved[0], edge.dims, edge.dtype, requires_grad=True, node=sink, output=0)
-        first = len(self.nodes)
-        result = node.recompute(x)
+        sinks = [Node("leaf", node.module, node.segment, 1) for _ in node.edges]
+        inputs = [
+            Tensor(storage, edge.dims, edge.dtype, requires_grad=wanted, node=sink, output=0)
+            for storage, edge, wanted, sink in zip(node.saved, node.edges, node.wanted, sinks, strict=True)
+        ]
+        first, start = len(self.nodes), len(self.events)
+        result = node.recompute(*inputs)
+        self.casts.clear()  # the second run has an autocast region of its own, whose cache ends with it
         if result.node is not None:
             result.node.grads[result.output] = node.grads[0]
             node.grads.clear()
             node.saved.clear()
-            del x
-            self.run_backward(first)
+            storages = [x.storage for x in inputs]
+            inputs.clear()
             if not self.reentrant:
                 del result
-        incoming = sink.grads.pop()
-        if incoming is not None:
-            self._deliver(edge, incoming)
+                self.unpacks = True
+                self._stop_early(first, start)
+            self.run_backward(first)
+            self.unpacks = False
+            for storage, sink in zip(storages, sinks, strict=True):
+                self.recomputed(storage, sink.grads[0])
+            del storage
+            storages.clear()
+        for edge, sink in zip(node.edges, sinks, strict=True):
+            incoming = sink.grads.pop()
+            if incoming is not None:
+                self._deliver(edge, incoming)
+
+    def _stop_early(self, first: int, start: int) -> None:
+        """Put a second run, recorded from event `start` on, where torch's non-reentrant checkpoint has it.
+
+        It begins when a node first asks for a saved tensor, so after the nodes that saved nothing have run; and it
+        ends in the hook that packs the last saved tensor: what comes after is never computed
+        (torch/utils/checkpoint.py, _checkpoint_hook and early_stop).
+        """
+        dead = {-event for event in self.events[start:] if event < -self.needed}
+        second = [event for event in self.events[start:] if abs(event) not in dead]
+        del self.events[start:]
+        while len(self.nodes) > first:
+            node = self.nodes[-1]
+            reached = any(grad is not None for grad in node.grads)
+            if node.saves and reached:
+                break
+            del self.nodes[-1]
+            if reached:
+                self._run(node)
+        self.events.extend(second)
 
     def _run(self, node: Node) -> None:
         if node.recompute is not None:
@@ -329,16 +395,21 @@ class Tape:
         produced = [
             incoming
             if edge.alias
+            else edge.memory
+            if edge.memory is not None
             else self.allocate(operator, *edge.raw)
             if edge.raw is not None
             else self.allocate(operator, edge.dims, edge.dtype, "gradient" if edge.parameter else "temporary")
             for edge in node.edges
         ]
         held.clear()
+        if self.unpacks:
+            node.saved.clear()
         for position, edge in enumerate(node.edges):
             if edge.raw is not None:
                 role = "gradient" if edge.parameter else "temporary"
                 produced[position] = self.allocate(operator, edge.dims, edge.dtype, role)
+            edge.memory = None
         del incoming
         node.saved.clear()
         node.grads.clear()

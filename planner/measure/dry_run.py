@@ -1,4 +1,5 @@
-"""The dry run: a real model's real training step, replayed without a GPU, memory or arithmetic, and its peak to the byte.
+"""The dry run: a real model's real training step, replayed without a GPU, memory or arithmetic, and its peak to the
+byte.
 
     run = replay_config({"model_type": "llama", ...}, micro_batch_size=1, sequence_length=2048, dtype="bf16")
     run.peak_allocated              # what torch.cuda.max_memory_allocated() would read for the steady (second) step
@@ -13,8 +14,8 @@ The reference step is
 with int64 ids on the device, in train mode with the configuration's own dropout, outputs other than the loss not kept.
 Steps after the first are alike, for the optimizer's states exist from then on; the last one is reported.
 
-Not counted: the CUDA context, the allocator's reserved but free blocks, and (unless `workspace_bytes` says so) the two cuBLAS
-workspaces. Kernels' scratch is counted where `planner.measure.cuda_semantics` makes it visible.
+Not counted: the CUDA context, the allocator's reserved but free blocks, and (unless `workspace_bytes` says so) the
+two cuBLAS workspaces. Kernels' scratch is counted where `planner.measure.cuda_semantics` makes it visible.
 """
 
 from __future__ import annotations
@@ -67,9 +68,9 @@ class Saved:
 class DryRun:
     """The steady step of a replay. All sizes are bytes as the CUDA caching allocator counts them.
 
-    `moments` has the keys forward_end, forward_peak, backward_peak, optimizer_peak and steady; `peak` is the highest of all, with
-    every tensor live there; `saved_by_module` maps a module's dotted name to what autograd kept in its own forward
-    (not its children's), in order, each storage once, where it was first kept.
+    `moments` has the keys forward_end, forward_peak, backward_peak, optimizer_peak and steady; `peak` is the highest
+    of all, with every tensor live there; `saved_by_module` maps a module's dotted name to what autograd kept in its
+    own forward (not its children's), in order, each storage once, where it was first kept.
     """
 
     peak_allocated: int
@@ -88,7 +89,8 @@ class DryRun:
 
 
 def materialise(module: torch.nn.Module, mode: FakeTensorMode) -> None:
-    """Replace every meta parameter and buffer of `module` by a fake CPU tensor of the same layout; what is tied stays tied.
+    """Replace every meta parameter and buffer of `module` by a fake CPU tensor of the same layout; what is tied
+    stays tied.
 
     Plain tensor attributes (copies of rotary frequencies, say) are replaced as well.
     """
@@ -132,7 +134,8 @@ def replay(
 ) -> DryRun:
     """Replay `step` once on `model`, already materialised under `mode`, and report the last occurrence of each phase.
 
-    `step` calls `memory.mark("forward" | "backward" | "optimizer" | "steady")` as it goes, and may loop for several steps: the last is reported.
+    `step` calls `memory.mark("forward" | "backward" | "optimizer" | "steady")` as it goes, and may loop for several
+    steps: the last is reported.
     """
     mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
     saved: dict[str, list[tuple[Allocation, tuple[int, ...], torch.dtype]]] = {}
@@ -177,14 +180,21 @@ def _categories(memory: LiveMemory, vocabulary_size: int | None) -> Callable[[Al
     def category(allocation: Allocation) -> str:
         if allocation.role is not None:
             return allocation.role
-        if vocabulary_size and allocation.shape and allocation.shape[-1] == vocabulary_size and allocation.phase != "optimizer":
+        if (
+            vocabulary_size
+            and allocation.shape
+            and allocation.shape[-1] == vocabulary_size
+            and allocation.phase != "optimizer"
+        ):
             return "logits_and_loss"
         return "activations" if allocation.kept else "temporaries"
 
     return category
 
 
-def _report(memory: LiveMemory, end: int, category: Callable[[Allocation], str], saved: Any, model: torch.nn.Module) -> DryRun:
+def _report(
+    memory: LiveMemory, end: int, category: Callable[[Allocation], str], saved: Any, model: torch.nn.Module
+) -> DryRun:
     last = {name: position for name, position in memory.marks}
     missing = [name for name in ("forward", "backward", "optimizer", "steady") if name not in last]
     if missing:
@@ -240,19 +250,28 @@ def replay_training_step(
 ) -> DryRun:
     """Replay `steps` reference steps of the model that `build_model` makes, and report the last.
 
-    build_model             called under `torch.device("meta")`; a Hugging Face model, or any module called as model(input_ids=, labels=)
-    dtype                   bf16, fp16 or fp32: torch's default dtype while the model is built, so the format of its parameters
-    optimizer_kwargs        passed to torch's optimizer; `foreach=True` unless said otherwise, as torch itself picks on CUDA
+    build_model             called under `torch.device("meta")`; a Hugging Face model, or any module called as
+                            model(input_ids=, labels=)
+    dtype                   bf16, fp16 or fp32: torch's default dtype while the model is built, so the format of its
+                            parameters
+    optimizer_kwargs        passed to torch's optimizer; `foreach=True` unless said otherwise, as torch itself picks
+                            on CUDA
     gradient_checkpointing  True or "reentrant" (transformers' own default before 5.x), "non-reentrant", or False
-    lora                    keyword arguments of `peft.LoraConfig`; adapters stay in fp32 beside 16-bit weights, as peft does
+    lora                    keyword arguments of `peft.LoraConfig`; adapters stay in fp32 beside 16-bit weights, as
+                            peft does
     loss                    "default", or a function (model, ids) -> scalar
-    hold_loss               keep the loss with its (freed) graph until the next forward has ended, as a bare loop that names it does; by
-                            default it is detached after backward, as `transformers.Trainer` does. It matters where the graph holds
-                            more than saved tensors: with adapters and checkpointing, the embedding's output and its gradient.
+    hold_loss               keep the loss with its (freed) graph until the next forward has ended, as a bare loop
+                            that names it does; by default it is detached after backward, as `transformers.Trainer`
+                            does. It matters where the graph holds more than saved tensors: with adapters and
+                            checkpointing, the embedding's output and its gradient.
 
     Raises PlanError for an unknown choice.
     """
-    for given, accepted, what in ((dtype, DTYPES, "number format"), (optimizer, OPTIMIZERS, "optimizer"), (attention, _ATTENTIONS, "attention")):
+    for given, accepted, what in (
+        (dtype, DTYPES, "number format"),
+        (optimizer, OPTIMIZERS, "optimizer"),
+        (attention, _ATTENTIONS, "attention"),
+    ):
         if given not in accepted:
             raise PlanError(f'no {what} "{given}" in the dry run; {nearest(given, accepted)}')
     with torch.device("meta"), _default_dtype(DTYPES[dtype]):
@@ -281,7 +300,9 @@ def replay_training_step(
         ids = torch.empty(micro_batch_size, sequence_length, dtype=torch.int64)
         memory.adopt([ids], role="inputs")
         trainable = [p for p in model.parameters() if p.requires_grad]
-        stepper = getattr(torch.optim, optimizer_name)(trainable, lr=1e-4, **{"foreach": True, **settings, **(optimizer_kwargs or {})})
+        stepper = getattr(torch.optim, optimizer_name)(
+            trainable, lr=1e-4, **{"foreach": True, **settings, **(optimizer_kwargs or {})}
+        )
         for _ in range(steps):
             memory.mark("forward")
             loss_value = compute_loss(model, ids)
@@ -302,9 +323,15 @@ def replay_training_step(
             memory.mark("steady")
 
     return replay(
-        step, model=model, mode=mode, kernel=kernel, workspace_bytes=workspace_bytes, record_saved=record_saved, granularity=granularity,
+        step,
+        model=model,
+        mode=mode,
+        kernel=kernel,
         vocabulary_size=getattr(config, "vocab_size", None),
-    )  # fmt: skip
+        workspace_bytes=workspace_bytes,
+        record_saved=record_saved,
+        granularity=granularity,
+    )
 
 
 @contextmanager

@@ -1,14 +1,17 @@
 """`LiveMemory`: the byte-exact curve of the memory that a PyTorch program holds, without its arithmetic.
 
-A `TorchDispatchMode` placed over `FakeTensorMode` sees every operator after autograd has been applied, so also those of the
-backward pass and of the optimizer. It follows *storages*, not tensors: views share one, and a storage lives until its last
-holder (a Python name, a saved tensor of the autograd graph, a `.grad`) lets go, which a weak reference reports at once.
+A `TorchDispatchMode` placed over `FakeTensorMode` sees every operator after autograd has been applied, so also those
+of the backward pass and of the optimizer. It follows *storages*, not tensors: views share one, and a storage lives
+until its last holder (a Python name, a saved tensor of the autograd graph, a `.grad`) lets go, which a weak
+reference reports at once.
 
-Each storage counts ceil(bytes / 512) * 512: the granularity in which PyTorch's CUDA caching allocator accounts for the blocks
-it hands out (`kMinBlockSize = 512` in c10/cuda/CUDACachingAllocator; `memory_allocated` sums these rounded sizes).
+Each storage counts ceil(bytes / 512) * 512: the granularity in which PyTorch's CUDA caching allocator accounts for
+the blocks it hands out (`kMinBlockSize = 512` in c10/cuda/CUDACachingAllocator; `memory_allocated` sums these
+rounded sizes).
 
 Not seen: memory that a kernel takes and returns inside one operator. Where that is known to matter on CUDA,
-`planner.measure.cuda_semantics` makes it visible; the rest (sort scratch of embedding backward, cuBLAS workspaces) is named there.
+`planner.measure.cuda_semantics` makes it visible; the rest (sort scratch of embedding backward, cuBLAS workspaces)
+is named there.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ __all__ = ["ALLOCATION_GRANULARITY_BYTES", "LiveMemory", "LiveTensor", "Peak", "
 ALLOCATION_GRANULARITY_BYTES = 512
 
 # Derivative formulas avoid in-place operators on tensor subclasses, fake tensors among them (FunctionsManual.cpp,
-# `areAnyTensorSubclassLike`); on plain tensors they scatter into their fresh zeros in place. Put back what really happens.
+# `areAnyTensorSubclassLike`); on plain tensors they scatter into their fresh zeros in place. Put back what really
+# happens.
 _OUT_OF_PLACE_FOR_SUBCLASSES = {
     torch.ops.aten.scatter.src: torch.ops.aten.scatter_.src,
     torch.ops.aten.scatter_add.default: torch.ops.aten.scatter_add_.default,
@@ -39,19 +43,25 @@ _OUT_OF_PLACE_FOR_SUBCLASSES = {
 _untyped_storage = torch.Tensor.untyped_storage
 
 
-# `Tensor._use_count` as this mode sees it when the engine's buffer is the only holder: the buffer, and the wrapper's own three.
+# `Tensor._use_count` as this mode sees it when the engine's buffer is the only holder: the buffer, and the wrapper's
+# own three.
 _SOLE_HOLDER = 4
 
 
 def _accumulates(args: Any) -> bool:
     """Whether these are the arguments of an addition by which autograd's engine adds up gradients in place.
 
-    torch/csrc/autograd/input_buffer.cpp, `can_accumulate_inplace`: the first gradient is dense, nobody else holds it, and no
-    other tensor shares its storage (a gradient that is a view keeps its base alive). The engine asks, too, that it be no
-    subclass, which a fake tensor is: so it adds out of place here, where on plain tensors it would not.
+    torch/csrc/autograd/input_buffer.cpp, `can_accumulate_inplace`: the first gradient is dense, nobody else holds
+    it, and no other tensor shares its storage (a gradient that is a view keeps its base alive). The engine asks,
+    too, that it be no subclass, which a fake tensor is: so it adds out of place here, where on plain tensors it
+    would not.
     """
     first, second = args[0], args[1]
-    if not isinstance(first, FakeTensor) or not isinstance(second, FakeTensor) or sys._getframe(2).f_code.co_name != "_engine_run_backward":
+    if (
+        not isinstance(first, FakeTensor)
+        or not isinstance(second, FakeTensor)
+        or sys._getframe(2).f_code.co_name != "_engine_run_backward"
+    ):
         return False
     with torch._C.DisableTorchFunction():
         holders = torch._C._storage_Use_Count(_untyped_storage(first)._cdata)
@@ -98,11 +108,29 @@ class Peak:
 
 
 class Allocation:
-    """What is remembered of one storage. `role` is set from outside (weights, gradients, ...); `kept` marks activations."""
+    """What is remembered of one storage. `role` is set from outside (weights, gradients, ...); `kept` marks
+    activations.
+    """
 
-    __slots__ = ("born", "bytes", "died", "dtype", "in_module", "kept", "module", "operator", "phase", "reference", "role", "shape", "size_bytes")
+    __slots__ = (
+        "born",
+        "bytes",
+        "died",
+        "dtype",
+        "kept",
+        "module",
+        "on_host",
+        "operator",
+        "phase",
+        "reference",
+        "role",
+        "shape",
+        "size_bytes",
+    )
 
-    def __init__(self, *, operator: str, module: str, phase: str, shape: tuple[int, ...], dtype: torch.dtype, born: int) -> None:
+    def __init__(
+        self, *, operator: str, module: str, phase: str, shape: tuple[int, ...], dtype: torch.dtype, born: int
+    ) -> None:
         self.bytes = 0
         self.size_bytes = 0
         self.operator = operator
@@ -114,7 +142,7 @@ class Allocation:
         self.died: int | None = None
         self.role: str | None = None
         self.kept = False
-        self.in_module = False
+        self.on_host = False
         self.reference: weakref.ref[Any] | None = None
 
     def as_live_tensor(self, nbytes: int, categorise: Callable[[Allocation], str]) -> LiveTensor:
@@ -132,7 +160,12 @@ class LiveMemory(TorchDispatchMode):
     Only fake tensors count: real ones (random-generator states, constants) live on the host.
     """
 
-    def __init__(self, *, granularity: int = ALLOCATION_GRANULARITY_BYTES, scratch: Mapping[Any, Callable[[Any], int]] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        granularity: int = ALLOCATION_GRANULARITY_BYTES,
+        scratch: Mapping[Any, Callable[[Any], int]] | None = None,
+    ) -> None:
         super().__init__()
         self.granularity = granularity
         self.scratch = dict(scratch or {})
@@ -148,8 +181,6 @@ class LiveMemory(TorchDispatchMode):
         self._original_resize: Any = None
         self._outermost_entry = 0
 
-    # -- being a mode ---------------------------------------------------------------------------------------------------
-
     def __enter__(self) -> LiveMemory:
         super().__enter__()
         module = torch.nn.modules.module
@@ -164,7 +195,7 @@ class LiveMemory(TorchDispatchMode):
             self._storage_resized(storage)
             return answer
 
-        torch.UntypedStorage.resize_ = resize_
+        setattr(torch.UntypedStorage, "resize_", resize_)  # noqa: B010 (a method stands in for a method)
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -192,8 +223,8 @@ class LiveMemory(TorchDispatchMode):
         return result
 
     def _scalar(self, tensor: torch.Tensor) -> float | int | bool:
-        """What `.item()` answers where there is no arithmetic: one, as Adam's step counter and `mask.all()` have it; but a
-        comparison "less than" is not met, which is how models draw the layers that they drop."""
+        """What `.item()` answers where there is no arithmetic: one, as Adam's step counter and `mask.all()` have it;
+        but a comparison "less than" is not met, which is how models draw the layers that they drop."""
         if tensor.dtype == torch.bool:
             known = self.allocation_of(tensor)
             return known is None or not known.operator.startswith("aten.lt.")
@@ -204,12 +235,17 @@ class LiveMemory(TorchDispatchMode):
         return known is not None and known.operator in ("aten.new_zeros.default", "aten.zeros.default")
 
     def _use_scratch(self, func: Any, nbytes: int) -> None:
-        scratch = Allocation(operator=f"{func} (scratch)", module=self.module, phase=self.phase, shape=(nbytes,), dtype=torch.uint8, born=len(self.events))
+        scratch = Allocation(
+            operator=f"{func} (scratch)",
+            module=self.module,
+            phase=self.phase,
+            shape=(nbytes,),
+            dtype=torch.uint8,
+            born=len(self.events),
+        )
         self._change(scratch, rounded_bytes(nbytes, self.granularity))
         scratch.died = len(self.events)
         self._change(scratch, 0)
-
-    # -- storages -------------------------------------------------------------------------------------------------------
 
     def _see(self, tensor: torch.Tensor, func: Any) -> Allocation:
         with torch._C.DisableTorchFunction():
@@ -218,7 +254,7 @@ class LiveMemory(TorchDispatchMode):
         key = storage._cdata
         known = self._live.get(key)
         if known is not None:
-            if rounded_bytes(nbytes, self.granularity) != known.bytes:
+            if not known.on_host and rounded_bytes(nbytes, self.granularity) != known.bytes:
                 self._change(known, rounded_bytes(nbytes, self.granularity))
             return known
         allocation = Allocation(
@@ -229,7 +265,6 @@ class LiveMemory(TorchDispatchMode):
             dtype=tensor.dtype,
             born=len(self.events),
         )
-        allocation.in_module = bool(self._modules)
 
         def died(_: Any) -> None:
             del self._live[key]
@@ -270,8 +305,7 @@ class LiveMemory(TorchDispatchMode):
         known = self.allocation_of(tensor)
         if known is not None:
             self._change(known, 0)
-
-    # -- modules --------------------------------------------------------------------------------------------------------
+            known.on_host = True
 
     def name_modules(self, model: torch.nn.Module) -> None:
         """Learn the dotted names under which operators are reported."""
@@ -290,12 +324,11 @@ class LiveMemory(TorchDispatchMode):
     def _leave_module(self, module: torch.nn.Module, _: Any, __: Any) -> None:
         self._modules.pop()
         if not self._modules:
-            # Whatever the outermost call (the model, or a layer replayed by checkpointing) leaves behind is held for backward.
+            # Whatever the outermost call (the model, or a layer replayed by checkpointing) leaves behind is held for
+            # backward.
             for allocation, _delta in self.events[self._outermost_entry :]:
                 if allocation.died is None:
                     allocation.kept = True
-
-    # -- questions ------------------------------------------------------------------------------------------------------
 
     def mark(self, phase: str) -> int:
         """Start a phase; returns the position in the event log."""

@@ -1,7 +1,9 @@
 """Where `transformers` and `peft` need a hand to run on fake tensors; the only place that knows their versions.
 
-- FlashAttention 2 is not installed on a machine without a GPU: the attention interface gets a stand-in of the same memory.
-- `transformers` 5 treats fake tensors as a trace and then builds masks that a real run skips: it is told that they are real.
+- FlashAttention 2 is not installed on a machine without a GPU: the attention interface gets a stand-in of the same
+  memory.
+- `transformers` 5 treats fake tensors as a trace and then builds masks that a real run skips: it is told that they
+  are real.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ def build_causal_lm(config: Mapping[str, Any], *, layers: int | None = None) -> 
     try:
         built = transformers.AutoConfig.for_model(model_type, **settings)
     except ValueError as error:
-        raise ModelConfigError(f'transformers {transformers.__version__} does not know the model type "{model_type}".') from error
+        raise ModelConfigError(
+            f'transformers {transformers.__version__} does not know the model type "{model_type}".'
+        ) from error
     if layers is not None:
         text = built.get_text_config()
         key = next((key for key in _LAYER_KEYS if hasattr(text, key)), None)
@@ -60,7 +64,9 @@ def with_adapters(model: torch.nn.Module, lora: Mapping[str, Any]) -> torch.nn.M
 
 @contextmanager
 def without_gpu_checks() -> Iterator[None]:
-    """For its duration, `attn_implementation="flash_attention_2"` runs the stand-in and fake tensors pass for real ones."""
+    """For its duration, `attn_implementation="flash_attention_2"` runs the stand-in and fake tensors pass for real
+    ones.
+    """
     try:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
         from transformers.utils import import_utils

@@ -26,14 +26,16 @@ class PassLevels:
     forward_end: Any
     backward_peak: Any
     end: Any
+    end_breakdown: dict[str, Any]
     forward_breakdown: dict[str, Any]
     backward_breakdown: dict[str, Any]
     forward_where: int
     backward_where: int
+    host_bytes: int
 
 
-def pass_levels(record: StepRecord, extra: Sequence[Any] | None = None) -> PassLevels:
-    """Peaks and ends of one forward and backward pass; `extra` adds bytes during each position's stretch."""
+def pass_levels(record: StepRecord) -> PassLevels:
+    """Peaks and ends of one forward and backward pass."""
     order = (0, *record.layers, record.head)
     forward = [record.forward[segment] for segment in order]
     release = [record.release[segment] for segment in order if segment in record.release]
@@ -48,11 +50,18 @@ def pass_levels(record: StepRecord, extra: Sequence[Any] | None = None) -> PassL
         forward_end,
         backward_peak,
         _total(backward, released),
+        _breakdown(record, forward, None),
         _breakdown(record, forward[:forward_where], forward[forward_where]),
         _breakdown(record, [*forward, *release, *backward[:backward_where]], backward[backward_where]),
         forward_where,
         len(order) - 1 - backward_where,
+        sum(_stashed(record, segment) for segment in record.layers),
     )
+
+
+def _stashed(record: StepRecord, segment: int) -> int:
+    """Bytes that offloading activations keeps on the host for one block."""
+    return sum(int(record.tape.rows[index - 1].size) for index in record.stashed.get(segment, ()))
 
 
 def _total(stretches: Sequence[Stretch], start: Any) -> Any:
@@ -73,7 +82,7 @@ def _highest(stretches: Sequence[Stretch], start: Any) -> tuple[Any, int]:
     return best, where
 
 
-def _breakdown(record: StepRecord, before: Sequence[Stretch], at: Stretch) -> dict[str, Any]:
+def _breakdown(record: StepRecord, before: Sequence[Stretch], at: Stretch | None) -> dict[str, Any]:
     counts: NDArray[np.int64] = np.zeros(len(CATEGORIES), dtype=np.int64)
     seen: dict[int, NDArray[np.int64]] = {}
     for stretch in before:
@@ -81,7 +90,7 @@ def _breakdown(record: StepRecord, before: Sequence[Stretch], at: Stretch) -> di
         if known is None:
             known = seen[id(stretch)] = _by_category(record, stretch, len(stretch.deltas))
         counts = counts + known
-    if at.deltas.ndim == 1 and len(at.deltas):
+    if at is not None and at.deltas.ndim == 1 and len(at.deltas):
         running = np.cumsum(at.deltas)
         stop = int(np.argmax(running)) + 1 if running.max() > 0 else 0
         counts = counts + _by_category(record, at, stop)

@@ -123,7 +123,9 @@ class Attention:
     dropout: float = 0.0
     shares_kv: bool = False  # reuses the keys and values of an earlier block (no k, v projections)
     out_size: int | None = None  # rows of the output projection; None means H
-    value_from_key: bool = False  # no value projection: values are the projected keys before norm and rotation (Gemma 4)
+    value_from_key: bool = (
+        False  # no value projection: values are the projected keys before norm and rotation (Gemma 4)
+    )
     value_norm: bool = False  # values are normalised too, without weights (Gemma 4)
 
 
@@ -236,6 +238,10 @@ class Moe:
     latent_names: tuple[str, str] = ("mixer.fc1_latent_proj", "mixer.fc2_latent_proj")
     latent_bias: bool = False
     every_expert: bool = False  # each expert computes each token, weighted by zero unless chosen (Llama 4)
+    # whose arithmetic the router follows (`planner.ledger.moe`); empty: its activations are not described
+    routing: Literal["", "mixtral", "qwen", "granite", "gpt_oss", "deepseek_v2", "deepseek_v3", "ernie", "minimax"] = ""
+    normalises_weights: bool = False  # norm_topk_prob: the weights of a token's experts are made to sum to one
+    groups: int = 1  # n_group: experts are chosen within the best of these groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

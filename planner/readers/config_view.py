@@ -32,22 +32,97 @@ REQUIRED: Final = Required.REQUIRED
 
 # Keys that say how a model was trained, tokenised, generated from or saved, and never which tensors it has.
 _NEVER_STRUCTURAL: Final = frozenset(
-    """
-    _name_or_path architectures attn_implementation _attn_implementation auto_map base_model_ep_plan
-    base_model_pp_plan base_model_tp_plan cache_implementation chunk_size_feed_forward custom_pipelines
-    diversity_penalty dtype encoder_no_repeat_ngram_size experts_implementation finetuning_task forced_bos_token_id
-    forced_eos_token_id gradient_checkpointing id2label initializer_factor initializer_range init_std is_decoder
-    is_encoder_decoder label2id language layer_norm_eps layer_norm_epsilon layernorm_epsilon length_penalty
-    max_length min_length model_type norm_eps norm_epsilon num_beam_groups num_beams num_return_sequences
-    output_attentions output_hidden_states output_router_logits output_scores prefix pretraining_tp problem_type
-    pruned_heads quantization_config remove_invalid_values repetition_penalty return_dict
-    return_dict_in_generate rms_norm_eps rope_parameters rope_scaling rope_theta router_aux_loss_coef
-    sep_token_id tf_legacy_loss tie_encoder_decoder tokenizer_class torch_dtype torchscript top_k top_p
-    transformers.js_config transformers_version typical_p unsloth_version unsloth_fixed use_bfloat16 use_cache
-    no_repeat_ngram_size num_labels task_specific_params suppress_tokens begin_suppress_tokens bad_words_ids
-    early_stopping exponential_decay_length_penalty temperature do_sample cross_attention_hidden_size
-    add_cross_attention output_past ffn_hidden_size_divisor rope_local_base_freq rope_type partial_rotary_factors
-    """.split()
+    [
+        "_name_or_path",
+        "architectures",
+        "attn_implementation",
+        "_attn_implementation",
+        "auto_map",
+        "base_model_ep_plan",
+        "base_model_pp_plan",
+        "base_model_tp_plan",
+        "cache_implementation",
+        "chunk_size_feed_forward",
+        "custom_pipelines",
+        "diversity_penalty",
+        "dtype",
+        "encoder_no_repeat_ngram_size",
+        "experts_implementation",
+        "finetuning_task",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "gradient_checkpointing",
+        "id2label",
+        "initializer_factor",
+        "initializer_range",
+        "init_std",
+        "is_decoder",
+        "is_encoder_decoder",
+        "label2id",
+        "language",
+        "layer_norm_eps",
+        "layer_norm_epsilon",
+        "layernorm_epsilon",
+        "length_penalty",
+        "max_length",
+        "min_length",
+        "model_type",
+        "norm_eps",
+        "norm_epsilon",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "output_scores",
+        "prefix",
+        "pretraining_tp",
+        "problem_type",
+        "pruned_heads",
+        "quantization_config",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict",
+        "return_dict_in_generate",
+        "rms_norm_eps",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "router_aux_loss_coef",
+        "sep_token_id",
+        "tf_legacy_loss",
+        "tie_encoder_decoder",
+        "tokenizer_class",
+        "torch_dtype",
+        "torchscript",
+        "top_k",
+        "top_p",
+        "transformers.js_config",
+        "transformers_version",
+        "typical_p",
+        "unsloth_version",
+        "unsloth_fixed",
+        "use_bfloat16",
+        "use_cache",
+        "no_repeat_ngram_size",
+        "num_labels",
+        "task_specific_params",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "bad_words_ids",
+        "early_stopping",
+        "exponential_decay_length_penalty",
+        "temperature",
+        "do_sample",
+        "cross_attention_hidden_size",
+        "add_cross_attention",
+        "output_past",
+        "ffn_hidden_size_divisor",
+        "rope_local_base_freq",
+        "rope_type",
+        "partial_rotary_factors",
+    ]
 )
 _TOKEN_KEY: Final = re.compile(r"(_token_id|_token_index|_token_ids|_ids|_idx)$|^(bos|eos|pad|unk)_")
 _LOOKS_STRUCTURAL: Final = re.compile(
@@ -57,14 +132,43 @@ _LOOKS_STRUCTURAL: Final = re.compile(
 # Keys that add, remove or resize tensors wherever they are known: on a family that never reads them, they mean that
 # the config describes some other architecture, so a total would be wrong.
 _ALWAYS_STRUCTURAL: Final = frozenset(
-    """
-    num_experts num_local_experts n_routed_experts moe_num_experts num_experts_per_tok moe_intermediate_size
-    n_shared_experts num_shared_experts shared_expert_intermediate_size kv_lora_rank q_lora_rank qk_rope_head_dim
-    qk_nope_head_dim v_head_dim vision_config audio_config text_config speech_config mamba_d_state ssm_state_size
-    linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim attn_layer_period
-    hybrid_override_pattern layers_block_type index_n_heads index_head_dim num_kv_shared_layers
-    hidden_size_per_layer_input cross_attention_layers altup_num_inputs block_configs multi_query
-    """.split()
+    [
+        "num_experts",
+        "num_local_experts",
+        "n_routed_experts",
+        "moe_num_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "n_shared_experts",
+        "num_shared_experts",
+        "shared_expert_intermediate_size",
+        "kv_lora_rank",
+        "q_lora_rank",
+        "qk_rope_head_dim",
+        "qk_nope_head_dim",
+        "v_head_dim",
+        "vision_config",
+        "audio_config",
+        "text_config",
+        "speech_config",
+        "mamba_d_state",
+        "ssm_state_size",
+        "linear_num_key_heads",
+        "linear_num_value_heads",
+        "linear_key_head_dim",
+        "linear_value_head_dim",
+        "attn_layer_period",
+        "hybrid_override_pattern",
+        "layers_block_type",
+        "index_n_heads",
+        "index_head_dim",
+        "num_kv_shared_layers",
+        "hidden_size_per_layer_input",
+        "cross_attention_layers",
+        "altup_num_inputs",
+        "block_configs",
+        "multi_query",
+    ]
 )
 
 
@@ -235,6 +339,17 @@ class ConfigView:
             raise self.fail(name, accepted)
         return list(value)
 
+    def subs(self, key: builtins.str, length: builtins.int) -> list[ConfigView]:
+        """The views of a list of `length` mappings."""
+        accepted = f"a list of {length} mappings"
+        name, value = self._value(key, REQUIRED, accepted, ())
+        good = isinstance(value, (list, tuple)) and all(isinstance(item, Mapping) for item in value)
+        if not good or len(value) != length:
+            raise self.fail(name, accepted)
+        views = [ConfigView(item, self.owner, f"{self._path}{key}.{index}.") for index, item in enumerate(value)]
+        self._children.update((f"{key}.{index}", child) for index, child in enumerate(views))
+        return views
+
     def pairs(self, key: builtins.str) -> list[tuple[list[builtins.str], builtins.int]] | None:
         """A list of [names, repeat]; None when absent or null."""
         name, value = self._value(key, None, "a list of [names, repeat]", ())
@@ -254,7 +369,7 @@ class ConfigView:
         return [(list(names), repeat) for names, repeat in value]
 
     def sub(self, key: builtins.str, owner: builtins.str | None = None) -> ConfigView:
-        """The view of a nested mapping, the same one each time; an absent or null one is empty: class defaults apply."""
+        """The view of a nested mapping, the same one each time; an absent or null one is empty: defaults apply."""
         name, value = self._value(key, None, "a mapping", ())
         if value is None:
             value = {}
@@ -279,7 +394,9 @@ class ConfigView:
 
     def assumed(self) -> tuple[builtins.str, ...]:
         """Sizes and names that the config does not state, with the class default that was used: "key=value"."""
-        return tuple(dict.fromkeys(self._assumed)) + tuple(line for child in self._children.values() for line in child.assumed())
+        return tuple(dict.fromkeys(self._assumed)) + tuple(
+            line for child in self._children.values() for line in child.assumed()
+        )
 
     def not_understood(self) -> tuple[builtins.str, ...]:
         """Sentences on keys that look architectural and were never asked for.
@@ -299,7 +416,6 @@ class ConfigView:
                 )
             if _LOOKS_STRUCTURAL.search(key):
                 shown = repr(value)
-                sentences.append(
-                    f"config key {self._path}{key}={shown if len(shown) <= 40 else shown[:37] + '...'} is not understood"
-                )
+                shown = shown if len(shown) <= 40 else shown[:37] + "..."
+                sentences.append(f"config key {self._path}{key}={shown} is not understood")
         return tuple(sentences) + tuple(line for child in self._children.values() for line in child.not_understood())

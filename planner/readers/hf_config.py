@@ -155,7 +155,7 @@ def _downloaded_config(repo_id: str) -> Path:
         )
     except ImportError as error:
         raise SourceUnavailable(
-            f"Fetching {repo_id} needs the package huggingface_hub, which is not installed (pip install huggingface_hub)."
+            f"Fetching {repo_id} needs the package huggingface_hub: pip install huggingface_hub."
         ) from error
     try:
         return Path(hf_hub_download(repo_id, "config.json"))

@@ -1,13 +1,11 @@
 """Plan documents (YAML, JSON, keyword arguments) read into `TrainingPlan` and `ServingPlan`.
 
-A document goes through four steps, each in its own module: text to plain values (`text_documents`), short forms to
-full mappings (`plan_short_forms`), fields to values (`plan_fields`), rules between fields (`plan_rules`). Whatever is
-wrong leaves as one sentence in a PlanError, UnknownField or SourceUnavailable; no other exception is meant to escape.
+A document goes through five steps, each in its own module: text to plain values (`text_documents`), short forms to
+full mappings (`plan_short_forms`), fields to values (`plan_fields`), what one field decides about another
+(`plan_completion`), and rules between fields (`plan_rules`). Whatever is wrong leaves as one sentence in a PlanError,
+UnknownField or SourceUnavailable; no other exception is meant to escape.
 
-Defaults are those of the dataclasses in `planner.plan`. Four things are worked out instead, because one field decides
-another: the number of accelerators, when only parallel degrees are given; the replicas that fill the accelerators of a
-serving plan; the interleaved schedule, when there are virtual stages; and requests that fit a short context.
-Model and accelerator names are not resolved here.
+Defaults are those of the dataclasses in `planner.plan`. Model and accelerator names are not resolved here.
 """
 
 from __future__ import annotations
@@ -16,14 +14,14 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from planner.errors import PlanError, SourceUnavailable, UnknownField, nearest
-from planner.plan import Parallelism, ServingPlan, TrainingPlan
+from planner.plan import ServingPlan, TrainingPlan
+from planner.readers.plan_completion import completed
 from planner.readers.plan_fields import Section, plain, section_of, unknown_field
-from planner.readers.plan_rules import METHOD_FIELDS, serving_contradiction, training_contradiction
+from planner.readers.plan_rules import METHOD_FIELDS, contradiction_in
 from planner.readers.plan_short_forms import SHORT_FORMS, canonical, expand_precision
 from planner.readers.text_documents import decode, parse_text, read_bytes, shown
 
@@ -39,7 +37,6 @@ __all__ = [
 ]
 
 Plan = TrainingPlan | ServingPlan
-AnyPlan = TypeVar("AnyPlan", TrainingPlan, ServingPlan)
 
 
 def _method_is(readers: AbstractSet[str], read: TrainingPlan) -> bool:
@@ -47,11 +44,28 @@ def _method_is(readers: AbstractSet[str], read: TrainingPlan) -> bool:
 
 
 _KINDS = {"training": TrainingPlan, "serving": ServingPlan}
-_GPUS_IN_A_USUAL_NODE = 8
 
 
-def plan_from_mapping(document: Mapping[str, Any]) -> Plan:
-    """The plan of a document. Raises PlanError, UnknownField.
+# Fields that only some plans read; the defaults of the others' are no part of what was assumed.
+_READ_WHEN: Mapping[str, Callable[[Any], bool]] = {
+    **{f"method.{name}": partial(_method_is, readers) for name, readers in METHOD_FIELDS.items()},
+    "method.targets": lambda read: bool(read.method.targets),  # empty: the method's own, which depend on the model
+    "optimizer.rank": lambda read: read.optimizer.name == "galore",
+    "optimizer.amsgrad": lambda read: read.optimizer.name in ("adam", "adamw"),
+    "recompute.every": lambda read: read.recompute.mode == "every",
+    "parallelism.replicas": lambda read: read.parallelism.zero > 0,
+    "parallelism.prefetch": lambda read: read.parallelism.zero == 3,
+    "parallelism.reshard_after_forward": lambda read: read.parallelism.zero == 3,
+    "parallelism.schedule": lambda read: read.parallelism.pipeline > 1,
+    "parallelism.virtual_stages": lambda read: read.parallelism.pipeline > 1,
+    "parallelism.sequence_parallel": lambda read: read.parallelism.tensor > 1,
+}
+
+
+def plan_from_mapping(document: Mapping[str, Any] | Plan) -> Plan:
+    """The plan of a document, or of plan values built in code, which are read like the document they stand for.
+
+    Raises PlanError, UnknownField.
 
     >>> plan_from_mapping({"model": "gpt2", "precision": "bf16-amp"}).precision.weights
     'fp32'
@@ -84,9 +98,9 @@ def document_from_path(path: str | os.PathLike[str]) -> dict[str, Any]:
     return document_from_bytes(read_bytes(name))
 
 
-def document_from_bytes(content: bytes) -> dict[str, Any]:
+def document_from_bytes(content: bytes, format: Literal["json", "yaml"] | None = None) -> dict[str, Any]:
     """The mapping in the bytes of a YAML or JSON document; its fields are not checked. Raises PlanError."""
-    return document_from_text(decode(content))
+    return document_from_text(decode(content), format)
 
 
 def document_from_text(text: str, format: Literal["json", "yaml"] | None = None) -> dict[str, Any]:
@@ -100,8 +114,6 @@ def defaults_used(document: Mapping[str, Any] | Plan) -> list[str]:
     Fields that the plan's method does not read, and fields whose default is "not set", are left out. Values that were
     worked out from other fields say so. Raises PlanError for a document that is not a plan.
     """
-    if isinstance(document, (TrainingPlan, ServingPlan)):
-        document = plain(document)
     read, given = _read(document)
     stated_precision = any(path.startswith("precision.") for path in given)
     lines = []
@@ -134,21 +146,6 @@ def _printed(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-_READ_WHEN: Mapping[str, Callable[[Any], bool]] = {
-    **{f"method.{name}": partial(_method_is, readers) for name, readers in METHOD_FIELDS.items()},
-    "method.targets": lambda read: bool(read.method.targets),  # empty: the method's own, which depend on the model
-    "optimizer.rank": lambda read: read.optimizer.name == "galore",
-    "optimizer.amsgrad": lambda read: read.optimizer.name in ("adam", "adamw"),
-    "recompute.every": lambda read: read.recompute.mode == "every",
-    "parallelism.replicas": lambda read: read.parallelism.zero > 0,
-    "parallelism.prefetch": lambda read: read.parallelism.zero == 3,
-    "parallelism.reshard_after_forward": lambda read: read.parallelism.zero == 3,
-    "parallelism.schedule": lambda read: read.parallelism.pipeline > 1,
-    "parallelism.virtual_stages": lambda read: read.parallelism.pipeline > 1,
-    "parallelism.sequence_parallel": lambda read: read.parallelism.tensor > 1,
-}
-
-
 def _mapping(document: Any) -> dict[str, Any]:
     if isinstance(document, Mapping):
         return dict(document)
@@ -159,7 +156,7 @@ def _mapping(document: Any) -> dict[str, Any]:
 def _read(document: Any) -> tuple[Plan, AbstractSet[str]]:
     """The plan and the dotted names of what the document gave."""
     if isinstance(document, (TrainingPlan, ServingPlan)):
-        return document, _given(plain(document), section_of(type(document)))
+        document = {**plain(document), "kind": document.kind}
     fields = plain(_mapping(document))
     kind = _kind(fields)
     section = section_of(_KINDS[kind])
@@ -172,13 +169,8 @@ def _read(document: Any) -> tuple[Plan, AbstractSet[str]]:
     if kind == "training" and "precision" in fields:
         fields["precision"] = expand_precision(fields["precision"], _is_megatron(fields))
     given = _given(fields, section)
-    read = section.read(fields)
-    if isinstance(read, TrainingPlan):
-        read = _with_accelerators(_with_schedule(read, given), given)
-        contradiction = training_contradiction(read, given)
-    else:
-        read = _with_replicas(_with_accelerators(_with_fitting_requests(read, given), given), given)
-        contradiction = serving_contradiction(read, given)
+    read = completed(section.read(fields), given)
+    contradiction = contradiction_in(read, given)
     if contradiction is not None:
         raise PlanError(contradiction)
     return read, given
@@ -233,54 +225,3 @@ def _given(fields: Mapping[str, Any], section: Section) -> AbstractSet[str]:
         else:
             given.add(name)
     return given
-
-
-def _with_schedule(read: TrainingPlan, given: AbstractSet[str]) -> TrainingPlan:
-    """Several stages a rank mean the interleaved schedule, unless a schedule is given."""
-    degrees = read.parallelism
-    if degrees.virtual_stages > 1 and degrees.pipeline > 1 and "parallelism.schedule" not in given:
-        return replace(read, parallelism=replace(degrees, schedule="interleaved"))
-    return read
-
-
-def _with_accelerators(read: AnyPlan, given: AbstractSet[str]) -> AnyPlan:
-    """Nodes, and accelerators a node, that hold the given parallel degrees, where the document leaves them open."""
-    degrees, hardware = read.parallelism, read.hardware
-    open_node, open_nodes = "hardware.gpus_per_node" not in given, "hardware.nodes" not in given
-    group = degrees.tensor * degrees.pipeline * (degrees.context if isinstance(degrees, Parallelism) else 1)
-    stated_data = degrees.data if "parallelism.data" in given else None
-    needed = group * (stated_data or 1)
-    gpus = hardware.gpus_per_node * hardware.nodes
-    # Data parallelism that is not given fills whatever is there, so that is only worked out when it falls short.
-    if not (open_node or open_nodes) or gpus == needed or (stated_data is None and gpus > needed):
-        return read
-    gpus_per_node, nodes = hardware.gpus_per_node, hardware.nodes
-    if open_node:
-        gpus_per_node = min(needed, _GPUS_IN_A_USUAL_NODE) if open_nodes else max(1, needed // nodes)
-    if open_nodes:
-        nodes = max(1, needed // gpus_per_node)
-    return replace(read, hardware=replace(hardware, gpus_per_node=gpus_per_node, nodes=nodes))
-
-
-def _with_replicas(read: ServingPlan, given: AbstractSet[str]) -> ServingPlan:
-    """Replicas of the engine on the accelerators that tensor and pipeline parallelism leave."""
-    degrees, hardware = read.parallelism, read.hardware
-    gpus, group = hardware.gpus_per_node * hardware.nodes, degrees.tensor * degrees.pipeline
-    if "parallelism.data" in given or gpus % group or gpus == group:
-        return read
-    return replace(read, parallelism=replace(degrees, data=gpus // group))
-
-
-def _with_fitting_requests(read: ServingPlan, given: AbstractSet[str]) -> ServingPlan:
-    """Prompt and output lengths that fit a given context, where the document leaves them open."""
-    load = read.requests
-    context = load.context_length
-    if context is None or load.prompt_tokens + load.output_tokens <= context:
-        return read
-    if "requests.prompt_tokens" in given:
-        output = context - load.prompt_tokens if "requests.output_tokens" not in given else load.output_tokens
-        fitting = replace(load, output_tokens=max(1, output))
-    else:
-        output = load.output_tokens if "requests.output_tokens" in given else min(load.output_tokens, context // 2)
-        fitting = replace(load, output_tokens=output, prompt_tokens=max(1, context - output))
-    return replace(read, requests=fitting)

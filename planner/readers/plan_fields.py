@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -170,8 +171,8 @@ def section_of(dataclass: type, path: str = "") -> Section:
     for field in dataclasses.fields(dataclass):
         dotted = f"{path}.{field.name}" if path else field.name
         hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
-            sections[field.name] = section_of(typing.cast(type, hint), dotted)
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            sections[field.name] = section_of(hint, dotted)
             converters[field.name] = _short_form(field.name, sections[field.name].read)
         else:
             convert = _converter(hint, dotted)
@@ -350,6 +351,8 @@ def plain(value: Any, path: str = "", level: int = 0) -> Any:
         return int(value)
     if isinstance(value, numbers.Real):
         return plain(float(value), path, level)
+    if isinstance(value, os.PathLike):
+        return plain(os.fspath(value), path, level)
     raise PlanError(f"{_place(path)} holds {shown(value)}, which is neither text, number, list nor mapping.")
 
 

@@ -12,7 +12,7 @@ from math import prod
 
 from planner.plan import ServingPlan, TrainingPlan
 
-__all__ = ["METHOD_FIELDS", "data_degree", "serving_contradiction", "training_contradiction"]
+__all__ = ["METHOD_FIELDS", "contradiction_in", "data_degree"]
 
 _ADAPTERS = frozenset({"lora", "qlora"})
 
@@ -320,11 +320,8 @@ def _gguf_runs_where(plan: ServingPlan, given: AbstractSet[str]) -> str | None:
 _SERVING_RULES: tuple[ServingRule, ...] = (_serving_degrees, _requests_fit_the_context, _gguf_runs_where)
 
 
-def training_contradiction(plan: TrainingPlan, given: AbstractSet[str]) -> str | None:
+def contradiction_in(plan: TrainingPlan | ServingPlan, given: AbstractSet[str]) -> str | None:
     """The first rule that the plan breaks, as a sentence; None when it keeps them all."""
-    return next((sentence for rule in _TRAINING_RULES if (sentence := rule(plan, given))), None)
-
-
-def serving_contradiction(plan: ServingPlan, given: AbstractSet[str]) -> str | None:
-    """The first rule that the plan breaks, as a sentence; None when it keeps them all."""
+    if isinstance(plan, TrainingPlan):
+        return next((sentence for rule in _TRAINING_RULES if (sentence := rule(plan, given))), None)
     return next((sentence for rule in _SERVING_RULES if (sentence := rule(plan, given))), None)

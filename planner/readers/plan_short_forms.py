@@ -158,8 +158,9 @@ def _optimizer(given: Any) -> Any:
 
 def _method(given: Any) -> Any:
     fields = _named(given)
-    if isinstance(fields, Mapping) and isinstance(fields.get("targets"), str):
-        return {**fields, "targets": [part.strip() for part in fields["targets"].split(",")]}
+    targets = fields.get("targets") if isinstance(fields, Mapping) else None
+    if isinstance(targets, str):
+        return {**fields, "targets": [part.strip() for part in targets.split(",")]}
     return fields
 
 
@@ -173,7 +174,8 @@ def _recompute(given: Any) -> Any:
 
 def _implementation(given: Any) -> Any:
     fields = _named(given)
-    if isinstance(fields, Mapping) and isinstance(fields.get("name"), str) and fields["name"].casefold() == "compiled":
+    name = fields.get("name") if isinstance(fields, Mapping) else None
+    if isinstance(name, str) and name.casefold() == "compiled":
         return {**fields, "name": "transformers", "compiled": fields.get("compiled", True)}
     return fields
 
@@ -185,7 +187,7 @@ def _hardware(given: Any) -> Any:
 def _offload(given: Any) -> Any:
     if isinstance(given, str):
         return [] if given.casefold() == "none" else [part.strip() for part in given.split(",")]
-    return given
+    return [] if given == ["none"] else given
 
 
 SHORT_FORMS = {

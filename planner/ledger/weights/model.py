@@ -13,7 +13,11 @@ from planner.ledger.weights.loss_head import head_weights
 from planner.ledger.weights.mlp import mlp_weights
 from planner.ledger.weights.moe import moe_weights
 from planner.ledger.weights.norm import norm_weights
-from planner.ledger.weights.state_space import gated_delta_net_weights, mamba1_weights, mamba2_weights
+from planner.ledger.weights.state_space import (
+    gated_delta_net_weights,
+    mamba1_weights,
+    mamba2_weights,
+)
 from planner.model.shape import (
     Attention,
     Block,

@@ -24,14 +24,17 @@ def moe_weights(moe: Moe, hidden: int) -> tuple[Weight, ...]:
     if m.stacked:
         *inputs, last = (f"{m.experts_name}.{name}" for name in m.expert_names)
         rows = width_in // len(inputs)
-        tensors = [(name, (m.experts, rows, expert_hidden)) for name in inputs]
+        tensors: list[tuple[str, tuple[int, ...]]] = [(name, (m.experts, rows, expert_hidden)) for name in inputs]
         tensors.append((last, (m.experts, expert_hidden, m.width)))
         if m.layout == "in-out":
-            tensors = [(name, (experts, into, out)) for name, (experts, out, into) in tensors]
+            tensors = [(name, (sizes[0], sizes[2], sizes[1])) for name, sizes in tensors]
+        if m.layout == "rows":
+            tensors = [(name, (m.experts * rows, expert_hidden)) for name in inputs]
+            tensors.append((last, (m.experts * m.width, expert_hidden)))
         weights += tuple(
             Weight(
                 name=name,
-                shape=(m.experts * m.width, expert_hidden) if m.layout == "rows" else shape,
+                shape=shape,
                 component="experts_routed",
                 kind="experts",
             )

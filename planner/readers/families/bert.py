@@ -14,7 +14,9 @@ __all__ = ["READERS", "bert_encoder", "dense_and_norm"]
 _CLASSES = ("BertModel", "BertForMaskedLM", "BertForPreTraining", "BertForSequenceClassification")
 
 
-def bert_encoder(view: ConfigView, base: str, *, vocab: int, types: int, head: Head, extra: tuple[Weight, ...]) -> ModelShape:
+def bert_encoder(
+    view: ConfigView, base: str, *, vocab: int, types: int, head: Head, extra: tuple[Weight, ...]
+) -> ModelShape:
     """Embeddings and blocks under the module path `base` ("" or "bert."), with the given head and further weights."""
     hidden, heads = view.int("hidden_size", 768), view.int("num_attention_heads", 12)
     dropout = view.float("hidden_dropout_prob", 0.1, maximum=1.0)
@@ -84,9 +86,7 @@ def _bert(view: ConfigView) -> ModelShape:
     if kind == "BertForSequenceClassification":
         extra += linear_weights("classifier", labels(view), hidden, bias=True, component="other")
     if kind in ("BertForMaskedLM", "BertForPreTraining"):
-        transform = dense_and_norm(
-            hidden, "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"
-        )
+        transform = dense_and_norm(hidden, "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm")
         head = Head(rows=vocab, tied=tied, bias=True, name="cls.predictions.decoder", extra=transform)
     if kind == "BertForPreTraining":
         extra += linear_weights("cls.seq_relationship", 2, hidden, bias=True, component="other")

@@ -36,9 +36,7 @@ def bidirectional_attention(
         raise ModelConfigError(f"{view.owner} config: hidden size {hidden} is not a multiple of {heads} heads.")
     given: dict[str, Any] = {"q_bias": bias, "k_bias": bias, "v_bias": bias, "out_bias": bias, "causal": False}
     size = hidden // heads
-    return Attention(
-        heads=heads, kv_heads=heads, head_dim=size, rotary_dim=size if rotary else 0, **(given | rest)
-    )
+    return Attention(heads=heads, kv_heads=heads, head_dim=size, rotary_dim=size if rotary else 0, **(given | rest))
 
 
 def plain_mlp(width: int, activation: str, names: tuple[str, str], *, dropout: float = 0.0) -> Mlp:
@@ -67,8 +65,6 @@ def square_patches(view: ConfigView, *, image: int, patch: int) -> tuple[int, in
     return (image_size // patch_size) ** 2, patch_size
 
 
-def parameter(
-    name: str, *shape: int, kind: WeightKind = "other", component: Component = "vision_or_audio"
-) -> Weight:
+def parameter(name: str, *shape: int, kind: WeightKind = "other", component: Component = "vision_or_audio") -> Weight:
     """One tensor that belongs to no layer kind: a class token, a position table, a gate."""
     return Weight(name=name, shape=shape, component=component, kind=kind)

@@ -54,6 +54,7 @@ def _mixtral(view: ConfigView) -> ModelShape:
         top_k=view.int("num_experts_per_tok", 2),
         width=view.int("intermediate_size", 14_336),
         activation=view.str("hidden_act", "silu"),
+        routing="mixtral",
         jitter=view.float("router_jitter_noise", 0.0),
     )
     block = Block(mixer=attention, ffn=check_routing(view, moe), norm=RMS_NORM)
@@ -71,6 +72,7 @@ def _granitemoe(view: ConfigView) -> ModelShape:
         top_k=view.int("num_experts_per_tok", 2),
         width=view.int("intermediate_size", 11_008),
         activation=view.str("hidden_act", "silu"),
+        routing="granite",
         router_name="block_sparse_moe.router",
         experts_name="block_sparse_moe.experts",
     )
@@ -110,10 +112,11 @@ def _qwen2_moe(view: ConfigView) -> ModelShape:
         top_k=view.int("num_experts_per_tok", 4),
         width=view.int("moe_intermediate_size", 1408),
         activation=activation,
+        routing="qwen",
+        normalises_weights=view.bool("norm_topk_prob", False),
         shared=shared,
         shared_gate="mlp.shared_expert_gate",
     )
-    view.ignore("norm_topk_prob")
     return _routed(view, trunk, attention, moe, gated_mlp(view, 5632), kinds, window)
 
 
@@ -141,7 +144,7 @@ def _qwen3_moe(view: ConfigView) -> ModelShape:
     trunk = read_trunk(view, vocab=151_936, positions=32_768, tied=False)
     used = view.bool("use_sliding_window", False)
     size = view.maybe_int("sliding_window", 4096) if used else None
-    view.ignore("max_window_layers", "sliding_window", "norm_topk_prob", "use_qk_norm")
+    view.ignore("max_window_layers", "sliding_window", "use_qk_norm")
     bias = view.bool("attention_bias", False)
     attention = grouped_attention(
         view, trunk.hidden, heads=32, kv_heads=4, qkv_bias=bias, out_bias=bias, qk_norm=RMS_NORM
@@ -151,6 +154,8 @@ def _qwen3_moe(view: ConfigView) -> ModelShape:
         top_k=view.int("num_experts_per_tok", 8),
         width=view.int("moe_intermediate_size", 768),
         activation=view.str("hidden_act", "silu"),
+        routing="qwen",
+        normalises_weights=view.bool("norm_topk_prob", False),
     )
     kinds = [SLIDING if size is not None else FULL] * trunk.layers
     return _routed(view, trunk, attention, moe, gated_mlp(view, 6144), kinds, size)
@@ -160,7 +165,7 @@ def _olmoe(view: ConfigView) -> ModelShape:
     """Norms over all query heads together and over all key heads together."""
     trunk = read_trunk(view, hidden=2048, layers=16, vocab=50_304, positions=4096, tied=False)
     bias = view.bool("attention_bias", False)
-    view.ignore("norm_topk_prob", "clip_qkv")
+    view.ignore("clip_qkv")
     attention = grouped_attention(
         view, trunk.hidden, heads=16, qkv_bias=bias, out_bias=bias, qk_norm=RMS_NORM, qk_norm_over="width"
     )
@@ -169,6 +174,8 @@ def _olmoe(view: ConfigView) -> ModelShape:
         top_k=view.int("num_experts_per_tok", 8),
         width=view.int("intermediate_size", 2048),
         activation=view.str("hidden_act", "silu"),
+        routing="qwen",
+        normalises_weights=view.bool("norm_topk_prob", False),
     )
     block = Block(mixer=attention, ffn=check_routing(view, moe), norm=RMS_NORM)
     return assemble(view, trunk, (block,) * trunk.layers, norm=RMS_NORM)
@@ -190,6 +197,7 @@ def _minimax_m2(view: ConfigView) -> ModelShape:
         top_k=view.int("num_experts_per_tok", 8),
         width=view.int("intermediate_size", 1536),
         activation=view.str("hidden_act", "silu"),
+        routing="minimax",
         jitter=view.float("router_jitter_noise", 0.0),
     )
     block = Block(mixer=attention, ffn=check_routing(view, moe), norm=RMS_NORM)
@@ -270,6 +278,7 @@ def _gpt_oss(view: ConfigView) -> ModelShape:
         width=view.int("intermediate_size", 2880),
         activation="gpt_oss_swiglu",
         expert_bias=True,
+        routing="gpt_oss",
         router_name="mlp.router",
         router_bias=True,
         layout="in-out",
@@ -295,6 +304,7 @@ def _ernie4_5_moe(view: ConfigView) -> ModelShape:
         width=width,
         activation=dense.activation,
         score_bias=True,
+        routing="ernie",
         score_bias_name="mlp.gate.moe_statics.e_score_correction_bias",
         shared=None if shared is None else replace(shared, up_bias=bias, down_bias=bias),
     )
@@ -329,11 +339,14 @@ def _glm4_moe(view: ConfigView) -> ModelShape:
         top_k=view.int("num_experts_per_tok", 8),
         width=width,
         activation=dense.activation,
+        routing="deepseek_v3",
+        normalises_weights=view.bool("norm_topk_prob", True),
+        groups=view.int("n_group", 1),
         shared=shared_experts(view.int("n_shared_experts", 1, minimum=0), width, dense.activation),
     )
     check_routing(view, moe)
     first = view.int("first_k_dense_replace", 1, minimum=0)
-    view.ignore("n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor")
+    view.ignore("topk_group", "routed_scaling_factor")
     view.ignore("num_nextn_predict_layers", "num_mtp_layers")
     blocks = blocks_by_kind(
         [layer >= first for layer in range(trunk.layers)],
@@ -347,7 +360,7 @@ def _mimo_v2_flash(view: ConfigView) -> ModelShape:
     trunk = read_trunk(view, vocab=152_576, positions=131_072, tied=False)
     stated = view.maybe_int("sliding_window_size", None)
     window = stated + 1 if stated is not None else view.int("sliding_window", 129)
-    view.ignore("sliding_window", "attention_value_scale", "routed_scaling_factor", "norm_topk_prob", "n_group")
+    view.ignore("sliding_window", "attention_value_scale", "routed_scaling_factor")
     view.ignore(
         "topk_group", "scoring_func", "topk_method", "hybrid_layer_pattern", "moe_layer_freq", "n_shared_experts"
     )
@@ -372,6 +385,9 @@ def _mimo_v2_flash(view: ConfigView) -> ModelShape:
         top_k=view.int("num_experts_per_tok", 8),
         width=view.int("moe_intermediate_size", 2048),
         activation=dense.activation,
+        routing="deepseek_v3",
+        normalises_weights=view.bool("norm_topk_prob", True),
+        groups=view.maybe_int("n_group", 1) or 1,
     )
     check_routing(view, moe)
     kinds = window_kinds(view, trunk.layers, lambda layer: layer != 0 and (layer + 1) % 6 != 0)

@@ -33,7 +33,7 @@ def _feed_forward(view: ConfigView, dropout: float) -> Mlp:
     """`relu`, or `gated-gelu`, which the reference class reads as the tanh approximation `gelu_new`."""
     stated = view.str("feed_forward_proj", "relu")
     first, _, second = stated.partition("-")
-    if "-" in stated and (first != "gated" or not second or "-" in second):
+    if (first == "gated") != bool(second) or "-" in second:
         raise view.fail("feed_forward_proj", 'an activation such as "relu", or "gated-" and an activation')
     gated = first == "gated"
     return Mlp(
@@ -48,7 +48,14 @@ def _feed_forward(view: ConfigView, dropout: float) -> Mlp:
 def _parts(view: ConfigView) -> _Parts:
     dropout = view.float("dropout_rate", 0.1, maximum=1.0)
     heads, size = view.int("num_heads", 8), view.int("d_kv", 64)
-    view.ignore("relative_attention_max_distance", "classifier_dropout", "n_positions", "output_past")
+    view.ignore(
+        "dense_act_fn",
+        "is_gated_act",
+        "relative_attention_max_distance",
+        "classifier_dropout",
+        "n_positions",
+        "output_past",
+    )
     attention = Attention(heads=heads, kv_heads=heads, head_dim=size, dropout=dropout, position_bias="relative")
     buckets = view.int("relative_attention_num_buckets", 32)
     return _Parts(attention=attention, mlp=_feed_forward(view, dropout), buckets=buckets, dropout=dropout)
@@ -63,9 +70,7 @@ def _stack(parts: _Parts, layers: int, *, decodes: bool) -> tuple[Block, ...]:
     """The blocks of one stack; the first one owns the position buckets that all of them add."""
     last = 2 if decodes else 1
     mixer = replace(_named(parts.attention, "layer.0.SelfAttention"), causal=decodes)
-    cross = replace(
-        _named(parts.attention, "layer.1.EncDecAttention"), causal=False, cross=True, position_bias="none"
-    )
+    cross = replace(_named(parts.attention, "layer.1.EncDecAttention"), causal=False, cross=True, position_bias="none")
     block = Block(
         mixer=mixer,
         ffn=replace(parts.mlp, names=tuple(f"layer.{last}.DenseReluDense.{name}" for name in parts.mlp.names)),
@@ -83,8 +88,9 @@ def _t5(view: ConfigView) -> ModelShape:
     """The decoder is the main stack, the encoder a tower; `T5EncoderModel` has the encoder alone.
 
     `tie_word_embeddings: false` (v1.1, Flan) means a separate output matrix, which the published checkpoints hold,
-    and no scaling before it. Version 5 of the reference library shares the table all the same when it builds the
-    class from a config, so that its own count is V x H smaller.
+    and no scaling before it (`scale_decoder_outputs` where a config says it apart). Version 5 of the reference
+    library shares the table all the same when it builds the class from a config, so that its own count is V x H
+    smaller.
     """
     hidden, layers = view.int("d_model", 512), view.int("num_layers", 6, maximum=MOST_LAYERS)
     decoder_layers = view.int("num_decoder_layers", layers, maximum=MOST_LAYERS)
@@ -98,9 +104,7 @@ def _t5(view: ConfigView) -> ModelShape:
         hidden=hidden,
         blocks=_stack(parts, layers, decodes=False),
         embedding=embedding,
-        head=Head(
-            rows=0, tied=False, norm=RMS_NORM, norm_name="encoder.final_layer_norm", dropout=parts.dropout
-        ),
+        head=Head(rows=0, tied=False, norm=RMS_NORM, norm_name="encoder.final_layer_norm", dropout=parts.dropout),
         prefix="encoder.block",
         dtype=published_dtype(view),
         quantization=quantization_method(view),
@@ -123,7 +127,7 @@ def _t5(view: ConfigView) -> ModelShape:
         tied=tied,
         norm=RMS_NORM,
         norm_name="decoder.final_layer_norm",
-        scaled=tied,
+        scaled=view.bool("scale_decoder_outputs", tied),
         dropout=parts.dropout,
     )
     blocks = _stack(parts, decoder_layers, decodes=True)

@@ -1,0 +1,256 @@
+"""The answer to a plan: one immutable value with every figure, what was assumed, and what is not modelled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from planner.hardware import Device
+from planner.ledger.parameters import state_tensors
+from planner.ledger.profile import profile_named
+from planner.ledger.weights import active_parameters, parameter_counts
+from planner.memory.device import DeviceTerm, device_terms
+from planner.memory.serving import ServingMemory, serving_memory
+from planner.memory.sharding import engine_of
+from planner.memory.training import TrainingMemory, accumulation_steps, data_ranks, training_memory
+from planner.model.shape import ModelShape
+from planner.plan import ServingPlan, TrainingPlan
+from planner.verdict import Verdict, verdict_of
+
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = ["Estimate", "ServingEstimate", "TrainingEstimate", "answer_serving", "answer_training"]
+
+NOT_MODELLED = (
+    "time, throughput and cost are not computed by this version; the fields are null.",
+    "fragmentation of the caching allocator is a band around peak_reserved, not a simulation of it.",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameters:
+    """Exact counts: all parameters with the adapters, those that train, those that one token meets."""
+
+    total: int
+    trainable: int
+    active: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingEstimate:
+    """A training plan's answer. Bytes are of the worst rank."""
+
+    plan: TrainingPlan
+    parameters: Parameters
+    memory: TrainingMemory
+    terms: tuple[DeviceTerm, ...]
+    capacity: int
+    verdict: Verdict
+    assumptions: tuple[str, ...]
+    warnings: tuple[str, ...]
+    next_commands: tuple[str, ...]
+
+    @property
+    def peak_reserved(self) -> int:
+        """What torch.cuda.max_memory_reserved() reads, in bytes: the centre of a band."""
+        return self.memory.peak_allocated + self.terms[0].bytes
+
+    @property
+    def device_used(self) -> int:
+        """What nvidia-smi shows, in bytes: the centre of a band."""
+        return self.memory.peak_allocated + sum(term.bytes for term in self.terms)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer as plain data: bytes as integers, nothing rounded."""
+        memory = self.memory
+        return {
+            "kind": "training",
+            "parameters": asdict(self.parameters),
+            "memory": {
+                "peak_allocated": memory.peak_allocated,
+                "peak_moment": memory.peak_moment,
+                "moments": dict(memory.moments),
+                "peak_reserved": self.peak_reserved,
+                "device_used": self.device_used,
+                "capacity": self.capacity,
+                "fits": self.verdict.outcome != "does_not_fit",
+                "breakdown": dict(memory.breakdown),
+                "breakdowns": {moment: dict(parts) for moment, parts in memory.breakdowns.items()},
+                "device_terms": {term.name: _term(term) for term in self.terms},
+                "host_memory": memory.host_bytes,
+                "managed_memory": memory.managed_bytes,
+            },
+            "verdict": asdict(self.verdict),
+            "time": None,
+            "cost": None,
+            "assumptions": list(self.assumptions),
+            "warnings": list(self.warnings),
+            "next_commands": list(self.next_commands),
+        }
+
+    def to_frame(self) -> pandas.DataFrame:
+        """One row a moment, one column a category, in bytes. Needs pandas."""
+        import pandas
+
+        return pandas.DataFrame(self.memory.breakdowns).T.rename_axis("moment")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingEstimate:
+    """A serving plan's answer. Bytes are of one accelerator of one replica."""
+
+    plan: ServingPlan
+    parameters: Parameters
+    memory: ServingMemory
+    verdict: Verdict
+    assumptions: tuple[str, ...]
+    warnings: tuple[str, ...]
+    next_commands: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer as plain data: bytes as integers, nothing rounded."""
+        return {
+            "kind": "serving",
+            "parameters": asdict(self.parameters),
+            "memory": self.memory.to_dict(),
+            "verdict": asdict(self.verdict),
+            "latency": None,
+            "throughput": None,
+            "cost": None,
+            "assumptions": list(self.assumptions),
+            "warnings": list(self.warnings),
+            "next_commands": list(self.next_commands),
+        }
+
+    def to_frame(self) -> pandas.DataFrame:
+        """One row a category of the device's memory, in bytes. Needs pandas."""
+        import pandas
+
+        return pandas.DataFrame({"bytes": self.memory.breakdown}).rename_axis("category")
+
+
+Estimate = TrainingEstimate | ServingEstimate
+
+
+def answer_training(
+    plan: TrainingPlan, shape: ModelShape, device: Device, *, defaults: Sequence[str] = (), notes: Sequence[str] = ()
+) -> TrainingEstimate:
+    """Memory and verdict of a training plan. `defaults` are the fields the plan left open, with their values."""
+    memory = training_memory(plan, shape, device)
+    gpus = plan.hardware.gpus_per_node * plan.hardware.nodes
+    terms = device_terms(device, memory.peak_allocated, gpus)
+    verdict = verdict_of(memory.peak_allocated, terms, device.memory_capacity_bytes, moment=memory.peak_moment)
+    tensors = state_tensors(shape, plan.method, plan.precision)
+    counts = Parameters(
+        total=sum(tensor.repeat * tensor.elements for tensor in tensors),
+        trainable=sum(tensor.repeat * tensor.elements for tensor in tensors if tensor.trainable),
+        active=active_parameters(shape),
+    )
+    return TrainingEstimate(
+        plan=plan,
+        parameters=counts,
+        memory=memory,
+        terms=terms,
+        capacity=device.memory_capacity_bytes,
+        verdict=verdict,
+        assumptions=(*_training_assumptions(plan), *notes, *(f"default: {field}" for field in defaults)),
+        warnings=(*_model_warnings(shape), *NOT_MODELLED),
+        next_commands=_next_training(plan, verdict),
+    )
+
+
+def answer_serving(
+    plan: ServingPlan, shape: ModelShape, device: Device, *, defaults: Sequence[str] = (), notes: Sequence[str] = ()
+) -> ServingEstimate:
+    """Memory and verdict of a serving plan."""
+    memory = serving_memory(plan, shape, device)
+    total = parameter_counts(shape)["total"]
+    return ServingEstimate(
+        plan=plan,
+        parameters=Parameters(total=total, trainable=0, active=active_parameters(shape)),
+        memory=memory,
+        verdict=memory.verdict(),
+        assumptions=(*memory.assumptions, *notes, *(f"default: {field}" for field in defaults)),
+        warnings=(
+            *_model_warnings(shape),
+            *memory.warnings,
+            "latency, throughput and cost are not computed by this version; the fields are null.",
+        ),
+        next_commands=(
+            f"planner serve {_name(plan)} --gpu {plan.hardware.gpu} --quantization nf4",
+            f"planner finetune {_name(plan)} --gpu {plan.hardware.gpu} --method qlora",
+            "planner gpus",
+        ),
+    )
+
+
+def _term(term: DeviceTerm) -> dict[str, Any]:
+    return {
+        "bytes": term.bytes,
+        "low_bytes": term.low_bytes,
+        "high_bytes": term.high_bytes,
+        "source": term.source.title,
+    }
+
+
+def _training_assumptions(plan: TrainingPlan) -> tuple[str, ...]:
+    """What the figures rest on, most telling first."""
+    profile = profile_named(plan.implementation.name, plan.implementation.version)
+    data = data_ranks(plan)
+    precision = plan.precision
+    steps = accumulation_steps(plan)
+    lifetime = "kept between micro-batches" if steps > 1 else "freed by zero_grad(set_to_none=True)"
+    if not plan.optimizer.set_to_none:
+        lifetime = "kept and zeroed between steps"
+    if plan.optimizer.in_backward:
+        lifetime = "consumed in backward as soon as they are ready"
+    sharding = f"ZeRO stage {plan.parallelism.zero} by {engine_of(plan.parallelism, data)} over {data} ranks"
+    return (
+        f"modules of {profile.name} {profile.version}, {plan.attention} attention, {plan.loss} loss",
+        f"weights {precision.weights}, gradients {precision.gradients} ({lifetime}), optimizer states "
+        f"{precision.optimizer_states}, master weights {precision.master_weights or 'none'}, "
+        f"compute {precision.compute}{' under autocast' if precision.autocast else ''}",
+        f"{plan.optimizer.name} stepped {plan.optimizer.implementation}",
+        "no sharding, one rank" if data == 1 else sharding,
+        "packed sequences of the full length; steady state (the second step on)",
+    )
+
+
+def _model_warnings(shape: ModelShape) -> tuple[str, ...]:
+    warnings = [f"not modelled: {part}" for part in shape.uncovered]
+    if shape.assumed:
+        warnings.append("the config leaves these to the reference class's defaults: " + ", ".join(shape.assumed))
+    return tuple(warnings)
+
+
+def _name(plan: TrainingPlan | ServingPlan) -> str:
+    return plan.model if isinstance(plan.model, str) else "config.json"
+
+
+def _next_training(plan: TrainingPlan, verdict: Verdict) -> tuple[str, ...]:
+    """Three commands that a person in this situation is most likely to want."""
+    command = f"planner finetune {_name(plan)} --gpu {plan.hardware.gpu}"
+    if verdict.outcome == "fits":
+        return (
+            f"{command} --method {plan.method.name} --batch {2 * plan.data.micro_batch_size}",
+            f"{command} --method {plan.method.name} --seq {2 * plan.data.sequence_length}",
+            f"planner trace PLAN  # replay the real {plan.implementation.name} step, byte by byte",
+        )
+    options = []
+    if plan.recompute.mode == "none":
+        options.append(f"{command} --method {plan.method.name} --recompute full")
+    if plan.method.name == "full":
+        options.append(f"{command} --method lora --recompute full")
+    if plan.method.name != "qlora":
+        options.append(f"{command} --method qlora --recompute full")
+    if plan.parallelism.zero < 3:
+        options.append(f"planner train {_name(plan)} --gpu {plan.hardware.gpu} --gpus 8 --zero 3")
+    options.append("planner gpus  # accelerators with more memory")
+    return tuple(options[:3])
+
+
+def breakdown_names(answer: Mapping[str, Any]) -> tuple[str, ...]:
+    """Categories of an answer's breakdown that hold any bytes, in ledger order."""
+    return tuple(name for name, size in answer["memory"]["breakdown"].items() if size)

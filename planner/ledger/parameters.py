@@ -1,0 +1,134 @@
+"""Every parameter tensor of a model under a training method: its format, whether it trains, how often it occurs.
+
+Adapters that the method adds are tensors like any other. Training states are folds over these values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import prod
+
+from planner.ledger.adapters import is_target
+from planner.ledger.tape import allocated_bytes
+from planner.ledger.weights import block_weights, model_weights
+from planner.model.shape import Block, ModelShape, Weight, WeightKind
+from planner.plan import Method, Precision
+
+__all__ = ["StateTensor", "block_tensors", "four_bit_bytes", "state_tensors"]
+
+DOUBLE_QUANTIZATION_BLOCK = 256  # bitsandbytes functional.py: blocksize of the nested absmax
+FOUR_BIT_BLOCK = 64  # bitsandbytes Linear4bit's default blocksize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateTensor:
+    """One parameter tensor, `repeat` times over.
+
+    shape: on this rank. unit: `block` for what is gathered block by block, `root` for what surrounds the blocks.
+    layer: index of the first block that holds it; -1 outside the blocks.
+    packed: stored in 4 bits.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: WeightKind
+    dtype: str
+    trainable: bool
+    repeat: int
+    unit: str
+    packed: bool = False
+
+    @property
+    def elements(self) -> int:
+        """Elements of one copy."""
+        return prod(self.shape)
+
+
+@lru_cache(maxsize=256)
+def state_tensors(shape: ModelShape, method: Method, precision: Precision) -> tuple[StateTensor, ...]:
+    """Every parameter tensor of the model under a method, adapters included, unsharded."""
+    return tuple(_tensors(shape, method, precision))
+
+
+def block_tensors(
+    block: Block, hidden: int, method: Method, precision: Precision, *, trains: bool
+) -> tuple[StateTensor, ...]:
+    """The parameter tensors of one block, adapters included. trains: whether `frozen` trains this block."""
+    tensors: list[StateTensor] = []
+    for weight in block_weights(block, hidden):
+        base = _base(weight, 1, True, method, precision)
+        tensors.append(replace(base, trainable=trains) if method.name == "frozen" else base)
+        if method.name != "frozen":
+            tensors.extend(_adapters(weight, base, method))
+    return tuple(tensors)
+
+
+def _tensors(shape: ModelShape, method: Method, precision: Precision) -> Iterator[StateTensor]:
+    first_trained = len(shape.blocks) - method.trainable_layers
+    for group in model_weights(shape):
+        in_block = bool(group.layers) and group.prefix == shape.prefix
+        trained = sum(layer >= first_trained for layer in group.layers) if in_block else 0
+        for weight in group.weights:
+            base = _base(weight, group.repeat, in_block, method, precision)
+            if method.name == "frozen":
+                head = not in_block and weight.name.startswith(shape.head.name if shape.head else "lm_head")
+                count = group.repeat if head else trained
+                if count:
+                    yield replace(base, trainable=True, repeat=count)
+                if count < group.repeat:
+                    yield replace(base, trainable=False, repeat=group.repeat - count)
+            else:
+                yield base
+                yield from _adapters(weight, base, method)
+
+
+def _base(weight: Weight, repeat: int, in_block: bool, method: Method, precision: Precision) -> StateTensor:
+    packed = method.name == "qlora" and in_block and weight.kind == "linear"
+    upcast = method.name == "qlora" and method.upcast and not packed
+    return StateTensor(
+        name=weight.name,
+        shape=weight.shape,
+        kind=weight.kind,
+        dtype="fp32" if upcast else precision.weights,
+        trainable=method.name == "full",
+        repeat=repeat,
+        unit="block" if in_block else "root",
+        packed=packed,
+    )
+
+
+def _adapters(weight: Weight, base: StateTensor, method: Method) -> Iterator[StateTensor]:
+    """LoRA's A (r, in) and B (out, r); DoRA's magnitude (out,); IA3's scale."""
+    module, _, leaf = weight.name.rpartition(".")
+    if weight.kind != "linear" or leaf != "weight" or not is_target(method, module):
+        return
+    out, inner = weight.shape
+    adapter = replace(base, dtype=method.adapter_dtype, trainable=True, packed=False, kind="other")
+    if method.name in ("lora", "qlora"):
+        yield replace(adapter, name=f"{module}.lora_A.weight", shape=(method.rank, inner), kind="linear")
+        yield replace(adapter, name=f"{module}.lora_B.weight", shape=(out, method.rank), kind="linear")
+        if method.dora:
+            yield replace(adapter, name=f"{module}.lora_magnitude_vector.weight", shape=(out,))
+    elif method.name == "ia3":
+        feed_forward = module.rpartition(".")[2] in ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "w2")
+        yield replace(adapter, name=f"{module}.ia3_l", shape=(1, inner) if feed_forward else (out, 1))
+
+
+def four_bit_bytes(elements: int, *, double_quantization: bool) -> int:
+    """GPU bytes of one NF4 or FP4 weight: packed values, block scales and their own tables, each an allocation.
+
+    bitsandbytes functional.py quantize_4bit:            without              with double quantization
+        values        two an element-byte                 n/2                  n/2
+        absmax        one for each 64 elements            4 * n/64             n/64
+        its absmax    one for each 256 of those                                4 * n/(64*256)
+        code tables   16 fp32, and 256 fp32 nested        64                   64 + 1024
+        offset        one fp32                                                 4
+    """
+    blocks = -(-elements // FOUR_BIT_BLOCK)
+    total = allocated_bytes(-(-elements // 2)) + allocated_bytes(16 * 4)
+    if not double_quantization:
+        return total + allocated_bytes(4 * blocks)
+    nested = -(-blocks // DOUBLE_QUANTIZATION_BLOCK)
+    return total + allocated_bytes(blocks) + allocated_bytes(4 * nested) + allocated_bytes(256 * 4) + allocated_bytes(4)

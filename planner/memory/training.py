@@ -1,0 +1,241 @@
+"""The memory of a training step on one rank: states, the pass over them, the optimizer's step, and what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from planner.errors import NotCovered, PlanError
+from planner.formats import BITS
+from planner.hardware import Device
+from planner.ledger.gathering import Gathering
+from planner.ledger.parameters import StateTensor, state_tensors
+from planner.ledger.profile import Profile, profile_named
+from planner.ledger.step import CATEGORIES, Setting, record_step
+from planner.ledger.tape import allocated_bytes
+from planner.memory.device import workspace_bytes
+from planner.memory.moments import PassLevels, pass_levels
+from planner.memory.optimizers import OptimizerBytes, optimizer_bytes
+from planner.memory.sharding import Held, engine_of, held_by_a_rank
+from planner.memory.states import gradient_bytes, weight_bytes
+from planner.model.shape import ModelShape
+from planner.plan import TrainingPlan
+
+__all__ = ["TrainingMemory", "accumulation_steps", "data_ranks", "training_memory"]
+
+DEEPSPEED_BUCKET_ELEMENTS = 500_000_000  # runtime/zero/config.py: reduce_bucket_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingMemory:
+    """Bytes of one rank. moments: level at each moment; breakdowns: what makes it up, adding up to the byte."""
+
+    moments: Mapping[str, int]
+    breakdowns: Mapping[str, Mapping[str, int]]
+    peak_moment: str
+    host_bytes: int
+    managed_bytes: int
+
+    @property
+    def peak_allocated(self) -> int:
+        """What torch.cuda.max_memory_allocated() reads, in bytes."""
+        return self.moments[self.peak_moment]
+
+    @property
+    def breakdown(self) -> Mapping[str, int]:
+        """Bytes by category at the peak moment."""
+        return self.breakdowns[self.peak_moment]
+
+
+def data_ranks(plan: TrainingPlan) -> int:
+    """Data-parallel ranks: as the plan says, or what the accelerators leave after the other degrees."""
+    p, hardware = plan.parallelism, plan.hardware
+    gpus = hardware.gpus_per_node * hardware.nodes
+    others = p.tensor * p.pipeline * p.context
+    if gpus % others:
+        raise PlanError(f"{gpus} GPUs cannot be divided by tensor x pipeline x context = {others}.")
+    return p.data if p.data is not None else gpus // others
+
+
+def accumulation_steps(plan: TrainingPlan) -> int:
+    """Micro-batches in one optimizer step on one rank."""
+    if plan.data.gradient_accumulation_steps is not None:
+        return plan.data.gradient_accumulation_steps
+    if plan.data.global_batch_size is None:
+        return 1
+    once = plan.data.micro_batch_size * data_ranks(plan)
+    if plan.data.global_batch_size % once:
+        raise PlanError(
+            f"global_batch_size {plan.data.global_batch_size} is not a multiple of "
+            f"micro_batch_size x data-parallel ranks = {once}."
+        )
+    return plan.data.global_batch_size // once
+
+
+def training_memory(plan: TrainingPlan, shape: ModelShape, device: Device) -> TrainingMemory:
+    """Moments and breakdown of a steady-state step. Raises NotCovered for what the ledger has no rows for."""
+    _covered(plan)
+    data = data_ranks(plan)
+    profile = profile_named(plan.implementation.name, plan.implementation.version, plan.implementation.kernels)
+    tensors = state_tensors(shape, plan.method, plan.precision)
+    held = held_by_a_rank(tensors, plan.parallelism, data)
+    engine = engine_of(plan.parallelism, data)
+    main = plan.precision.gradients != plan.precision.weights and engine not in ("fsdp1", "fsdp2")
+    persistent = accumulation_steps(plan) > 1 or not plan.optimizer.set_to_none or main
+    stepped = _optimizer(plan, held)
+    levels = pass_levels(record_step(shape, _setting(plan, profile, engine, data, persistent)))
+    base, host = _base(plan, held, stepped, device, engine, data)
+    gradients = _gradients(plan, held, main)
+    return _moments(plan, levels, base, gradients, persistent, stepped, host)
+
+
+def _covered(plan: TrainingPlan) -> None:
+    p = plan.parallelism
+    for name, degree in (
+        ("tensor", p.tensor),
+        ("pipeline", p.pipeline),
+        ("context", p.context),
+        ("expert", p.expert),
+    ):
+        if degree > 1:
+            raise NotCovered(
+                f"parallelism.{name} = {degree} is not covered by the training memory of this version; "
+                "data parallelism with zero 0 to 3 is."
+            )
+    if plan.implementation.compiled:
+        raise NotCovered("compiled implementations are not covered yet: what the compiler keeps is not in the ledger.")
+    if plan.precision.compute == "fp8":
+        raise NotCovered("precision fp8-mixed is not covered by the training memory of this version.")
+
+
+def _setting(plan: TrainingPlan, profile: Profile, engine: str, data: int, persistent: bool) -> Setting:
+    zero = plan.parallelism.zero
+    ranks = data // plan.parallelism.replicas
+    gathering = None
+    if zero >= 2 and ranks > 1:
+        fsdp = engine in ("fsdp1", "fsdp2")
+        casts = fsdp and plan.precision.weights == "fp32" and plan.precision.compute in ("bf16", "fp16")
+        gathering = Gathering(
+            engine=engine,
+            ranks=ranks,
+            reduce_format=plan.precision.gradients if engine == "fsdp2" else None,
+            kept_format=plan.precision.gradients,
+            shards_weights=zero == 3,
+            casts=casts,
+            reshard=plan.parallelism.reshard_after_forward,
+            prefetch=plan.parallelism.prefetch,
+        )
+    return Setting(
+        micro_batch_size=plan.data.micro_batch_size,
+        sequence_length=plan.data.sequence_length,
+        precision=plan.precision,
+        method=plan.method,
+        recompute=plan.recompute,
+        attention=plan.attention,
+        loss=plan.loss,
+        profile=profile,
+        accumulate=persistent,
+        hooked=plan.optimizer.in_backward or plan.optimizer.name == "lomo",
+        offload_activations="activations" in plan.offload,
+        gathering=gathering,
+    )
+
+
+def _optimizer(plan: TrainingPlan, held: Held) -> OptimizerBytes:
+    """The optimizer works on the master weights where there are any."""
+    master = plan.precision.master_weights
+    tensors: tuple[StateTensor, ...] = held.optimizer
+    if master is not None:
+        tensors = tuple(replace(tensor, dtype=master) if tensor.trainable else tensor for tensor in tensors)
+    result = optimizer_bytes(plan.optimizer, tensors, plan.precision.optimizer_states)
+    if master is not None and plan.precision.gradients != master:
+        copy = sum(t.repeat * allocated_bytes(t.elements * BITS[master] // 8) for t in tensors if t.trainable)
+        result = replace(result, step=result.step + copy)  # the gradient's copy in the master format
+    if plan.optimizer.in_backward:
+        biggest = max((t.elements * BITS[t.dtype] // 8 for t in tensors if t.trainable), default=0)
+        result = replace(result, step=allocated_bytes(min(biggest, result.step)))
+    return result
+
+
+def _base(
+    plan: TrainingPlan, held: Held, stepped: OptimizerBytes, device: Device, engine: str, data: int
+) -> tuple[dict[str, int], int]:
+    """What outlives every step on the GPU, by category, and the bytes that offload moves to the host."""
+    master = plan.precision.master_weights
+    weights = weight_bytes(held.weights, plan.method)
+    masters = gradient_bytes(held.optimizer, master) if master is not None else 0
+    states, host = stepped.states, stepped.paged
+    if "optimizer" in plan.offload:
+        host += states + masters + gradient_bytes(held.optimizer, "fp32")
+        states = masters = 0
+    if "parameters" in plan.offload:
+        host += weights
+        weights = 0
+    return {
+        "weights": weights,
+        "master_weights": masters,
+        "optimizer_states": states,
+        "communication_buffers": _buckets(plan, held, engine, data),
+        "library_workspaces": workspace_bytes(device),
+    }, host
+
+
+def _buckets(plan: TrainingPlan, held: Held, engine: str, data: int) -> int:
+    """Persistent buffers of gradient reduction.
+
+    DDP (torch/csrc/distributed/c10d/reducer.cpp): flat buckets as large as all gradients together.
+    DeepSpeed stages 1, 2 (runtime/zero/stage_1_and_2.py): two reduce buckets (overlap_comm) in the gradients' format.
+    """
+    if data == 1:
+        return 0
+    gradients = gradient_bytes(held.gradients, plan.precision.gradients)
+    if engine == "ddp":
+        return gradients
+    if engine == "deepspeed" and plan.parallelism.zero in (1, 2):
+        width = BITS[plan.precision.gradients] // 8
+        bucket = plan.parallelism.bucket_bytes or DEEPSPEED_BUCKET_ELEMENTS * width
+        return 2 * min(bucket, gradient_bytes(held.weights, plan.precision.gradients))
+    return 0
+
+
+def _gradients(plan: TrainingPlan, held: Held, main: bool) -> int:
+    if plan.optimizer.in_backward or plan.optimizer.name == "lomo":
+        return 0
+    sharded = plan.parallelism.zero == 3
+    return gradient_bytes(held.gradients, plan.precision.gradients if main or sharded else None)
+
+
+def _moments(
+    plan: TrainingPlan,
+    levels: PassLevels,
+    base: dict[str, int],
+    gradients: int,
+    persistent: bool,
+    stepped: OptimizerBytes,
+    host: int,
+) -> TrainingMemory:
+    kept = gradients if persistent else 0
+    offloaded = "optimizer" in plan.offload
+    breakdowns = {
+        "forward_end": _with(base, kept, levels.end_breakdown),
+        "forward_peak": _with(base, kept, levels.forward_breakdown),
+        "backward_peak": _with(base, kept, levels.backward_breakdown),
+        "optimizer_peak": _with(base, gradients, {"temporaries": 0 if offloaded else stepped.step}),
+        "steady": _with(base, 0 if plan.optimizer.set_to_none and not persistent else kept, {}),
+    }
+    moments = {name: sum(parts.values()) for name, parts in breakdowns.items()}
+    peak = max(("forward_peak", "backward_peak", "optimizer_peak"), key=lambda name: moments[name])
+    return TrainingMemory(
+        moments=moments,
+        breakdowns=breakdowns,
+        peak_moment=peak,
+        host_bytes=host + levels.host_bytes,
+        managed_bytes=stepped.paged,
+    )
+
+
+def _with(base: Mapping[str, int], gradients: int, levels: Mapping[str, int]) -> dict[str, int]:
+    names = ("weights", "master_weights", "gradients", "optimizer_states", *CATEGORIES, "library_workspaces")
+    result = {name: int(base.get(name, 0)) + int(levels.get(name, 0)) for name in names}
+    result["gradients"] += gradients
+    return result

@@ -1,0 +1,57 @@
+"""The verdict: fits, tight (inside the known error), or does not fit; by how much, on which rank, at which moment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from planner.memory.device import DeviceTerm
+from planner.units import format_bytes
+
+__all__ = ["KNOWN_ERROR", "Verdict", "verdict_of"]
+
+# Half-width of the band around `peak_allocated`: nine in ten of the published runs that the project compares itself
+# with lie inside it (planner/evidence; tests/oracles/test_measured_runs.py holds it to that).
+KNOWN_ERROR = 0.06
+
+Outcome = Literal["fits", "tight", "does_not_fit"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """The answer to "does it fit?". head_room_bytes is negative when it does not; band_bytes is the known error."""
+
+    outcome: Outcome
+    sentence: str
+    rank: str
+    moment: str
+    head_room_bytes: int
+    band_bytes: int
+
+
+def verdict_of(
+    peak_allocated: int, terms: Sequence[DeviceTerm], capacity: int, *, moment: str, rank: str = "every rank"
+) -> Verdict:
+    """Compare what the device will show with what it has.
+
+    Outcome: `does_not_fit` when the central value exceeds the capacity; `tight` when the upper end of the band does;
+    `fits` otherwise. Upper end: KNOWN_ERROR of the peak and the high ends of the device terms.
+    """
+    used = peak_allocated + sum(term.bytes for term in terms)
+    high = int(peak_allocated * (1 + KNOWN_ERROR)) + sum(term.high_bytes for term in terms)
+    room, band = capacity - used, high - used
+    where = moment.replace("_", " ")
+    if room < 0:
+        outcome: Outcome = "does_not_fit"
+        sentence = f"Does not fit: short by {format_bytes(-room)} on {rank}, at the {where}."
+    elif high > capacity:
+        outcome = "tight"
+        sentence = (
+            f"Tight: {format_bytes(room)} spare ({room / capacity:.0%}), inside the known error of "
+            f"{format_bytes(band)}; the highest moment is the {where}."
+        )
+    else:
+        outcome = "fits"
+        sentence = f"Fits: {format_bytes(room)} spare ({room / capacity:.0%}); the highest moment is the {where}."
+    return Verdict(outcome=outcome, sentence=sentence, rank=rank, moment=moment, head_room_bytes=room, band_bytes=band)
