@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from planner.answer import Estimate, answer_serving, answer_training
 from planner.hardware import Device, software_device
-from planner.model.shape import ModelShape
+from planner.model.adapter_targets import default_targets
 from planner.plan import ServingPlan, TrainingPlan
 from planner.readers.hardware_profiles import load_hardware, resolve_device
 from planner.readers.models import load_model
 from planner.readers.plan_document import defaults_used, plan_from_mapping
+
+if TYPE_CHECKING:
+    from planner.answer.serving import ServingEstimate
+    from planner.answer.training import TrainingEstimate
+
+    Estimate = TrainingEstimate | ServingEstimate
 
 __all__ = ["estimate", "load_hardware", "load_model", "trace"]
 
@@ -22,12 +28,18 @@ def estimate(plan: Mapping[str, Any] | TrainingPlan | ServingPlan, *, fetch: boo
     plan: a plan value, or a document of the same fields. fetch: allow one download of a model's config.json.
     Raises PlannerError with one sentence when the plan cannot be answered.
     """
-    read = plan_from_mapping(plan) if isinstance(plan, Mapping) else plan
+    read = plan_from_mapping(plan)
     shape = load_model(read.model, fetch=fetch)
     device, notes = _device(read.hardware.gpu)
     defaults = defaults_used(plan)
     if isinstance(read, ServingPlan):
+        from planner.answer.serving import answer_serving
+
         return answer_serving(read, shape, device, defaults=defaults, notes=notes)
+    from planner.answer.training import answer_training
+
+    read, chosen = _with_targets(read, shape)
+    notes += chosen
     return answer_training(read, shape, device, defaults=defaults, notes=notes)
 
 
@@ -39,13 +51,18 @@ def _device(name: str) -> tuple[Device, tuple[str, ...]]:
     return device, tuple(note for note in notes if note)
 
 
+def _with_targets(plan: TrainingPlan, shape: ModelShape) -> tuple[TrainingPlan, tuple[str, ...]]:
+    """The plan with its adapter's targets named, and the note that says so."""
+    if plan.method.name not in ("lora", "qlora", "ia3") or plan.method.targets:
+        return plan, ()
+    targets = default_targets(shape, plan.method)
+    method = replace(plan.method, targets=targets)
+    return replace(plan, method=method), (f"{plan.method.name} on {', '.join(targets)}, as peft chooses by default",)
+
+
 def trace(model_or_plan: Any, **options: Any) -> Any:
     """Replay the real PyTorch step without a GPU. Needs the `torch` extra; see `planner.measure.dry_run`."""
     from planner.measure.dry_run import trace as dry_run
 
     return dry_run(model_or_plan, **options)
 
-
-def shape_of(model: str | Mapping[str, Any]) -> ModelShape:
-    """The shape of a model by name, path or config.json content."""
-    return load_model(model)

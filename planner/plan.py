@@ -196,6 +196,17 @@ class TrainingPlan:
     hardware: Hardware = field(default_factory=Hardware)
     kind: Literal["training"] = "training"
 
+    @property
+    def gpus(self) -> int:
+        """Accelerators, all nodes together."""
+        return self.hardware.gpus_per_node * self.hardware.nodes
+
+    @property
+    def data_ranks(self) -> int:
+        """Data-parallel ranks: as given, or what the accelerators leave after the other degrees (rounded down)."""
+        p = self.parallelism
+        return p.data if p.data is not None else self.gpus // (p.tensor * p.pipeline * p.context)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvCache:

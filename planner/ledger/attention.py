@@ -111,7 +111,10 @@ def rotary_tables(t: Operations, sequence: str, size: int, dtype: str) -> None:
         dtype = "fp32"
     for _ in range(2 if t.family in _TWO_TABLES else 1):
         t.rotary = (t.constant("cos", dims, dtype), t.constant("sin", dims, dtype))
-        t.hold(*t.rotary)
+        if t.family in _REPEATS_TABLES and not t.recomputes:
+            t.model_locals.extend(table.storage for table in t.rotary)
+        else:
+            t.hold(*t.rotary)
 
 
 def _rotate_both(t: Operations, spec: Attention, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,7 +137,7 @@ def rotate(t: Operations, spec: Attention, x: Tensor) -> Tensor:
     """x * cos + rotate_half(x) * sin on the first `rotary_dim` elements of each head; saves only cos and sin."""
     t.module = "rotary"
     if t.profile.fused_rope:
-        return t.apply("rotary", [x], [(x.dims, x.dtype)])[0]
+        return t.apply("rotary", [x], [(x.dims, x.dtype)], view=True)[0]  # written over x, and its gradient over dy
     if not _concatenates(t, spec):
         return _turn(t, spec, x)
     rest = t.dim("D-R", spec.head_dim - spec.rotary_dim)
@@ -392,7 +395,7 @@ def _eager(
 
 _ALWAYS_CONCATENATES = frozenset({"gpt_neox", "phi", "phi3", "stablelm", "nemotron", "glm", "glm4"})
 _FP32_TABLES = frozenset({"olmo", "olmo2", "olmo3"})
-_TWO_TABLES = frozenset({"gemma3_text"})  # one for sliding layers, one for the others
+_TWO_TABLES = frozenset({"gemma3_text", "olmo3"})  # one for sliding layers, one for the others
 _REPEATS_TABLES = frozenset({"glm", "glm4"})  # each layer spreads cos and sin over pairs for itself
 _UPCASTS_QUERIES = frozenset({"cohere", "cohere2"})  # queries and keys are rotated in fp32
 _SLICED = frozenset({"phi3"})  # cut the fused projection by slices, each with a gradient of the full size

@@ -42,8 +42,14 @@ def feed_forward(t: Operations, mlp: Mlp, x: Tensor, hidden: str) -> Tensor:
 
 
 def gated(t: Operations, activation: str, gate: Tensor, up: Tensor) -> Tensor:
-    """act(gate) * up in one kernel: saves both inputs and nothing in between (Liger, Transformer Engine)."""
-    return t.apply(f"{activation} gate", [gate, up], [(gate.dims, gate.dtype)], saves=[gate, up])[0]
+    """act(gate) * up in one kernel: saves both inputs and nothing in between (Liger, Transformer Engine).
+
+    Liger's writes both gradients over the inputs (ops/swiglu.py, swiglu_backward).
+    """
+    memory = [gate.storage, up.storage] if t.profile.in_place_gradients else ()
+    return t.apply(
+        f"{activation} gate", [gate, up], [(gate.dims, gate.dtype)], saves=[gate, up], gradients_in=memory
+    )[0]
 
 
 def activate(t: Operations, name: str, x: Tensor) -> Tensor:

@@ -32,10 +32,14 @@ def _native(t: Operations, norm: Norm, name: str, x: Tensor) -> Tensor:
     weights = [t.weight(name + ".weight", (dim,))] if norm.affine else []
     if norm.bias:
         weights.append(t.weight(name + ".bias", (dim,)))
-    if t.compute is not None:  # CUDA's autocast runs layer_norm in fp32 (autocast_mode.h, fp32 list)
+    library = norm.kind != "layernorm" and t.profile.in_place_gradients
+    if t.compute is not None and not library:  # CUDA's autocast runs layer_norm in fp32 (autocast_mode.h, fp32 list)
         x = t.to(x, "fp32")
     statistics = [(x.dims[:-1], "fp32")] * (2 if norm.kind == "layernorm" else 1)
-    return t.apply(norm.kind, [x, *weights], [(x.dims, x.dtype)], saves=[x], extra_saved=statistics)[0]
+    alias = [library, *(False for _ in weights)]  # Liger's and unsloth's kernels write dx over dy
+    return t.apply(
+        norm.kind, [x, *weights], [(x.dims, x.dtype)], saves=[x], extra_saved=statistics, alias=alias
+    )[0]
 
 
 def _rmsnorm(t: Operations, norm: Norm, name: str, x: Tensor) -> Tensor:

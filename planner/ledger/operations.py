@@ -45,6 +45,7 @@ class Operations(Tape):
     )  # local variables of the model's forward, around the blocks
     profile: Profile = field(default_factory=lambda: profile_named("transformers"))
     attention: str = "sdpa"
+    recomputes: bool = False  # blocks are recomputed, with the tables and masks that they were called with
     family: str = ""  # the model_type, for what its reference modules do their own way
     embedding_name: str = "model.embed_tokens.weight"  # the table that a tied head shares
     rotary: tuple[Tensor, ...] = ()
@@ -97,16 +98,29 @@ class Operations(Tape):
         """A matrix product with a weight, under autocast or not."""
         if self.compute is None:
             inputs: list[Tensor | Parameter] = [x, weight]
-            if bias is not None:
-                inputs.append(bias)
-            return self.apply("linear", inputs, [(dims, x.dtype)], saves=[x if weight.trainable else None])[0]
+            saves = [x if weight.trainable else None]
+            return self._apply_product(inputs, bias, (dims, x.dtype), saves)
         x = self.to(x, self.compute)
         copy = self.cast(weight) if weight.dtype != self.compute else weight
-        inputs = [x, copy]
-        if bias is not None:
-            inputs.append(self.cast(bias) if bias.dtype != self.compute else bias)
+        row = self.cast(bias) if bias is not None and bias.dtype != self.compute else bias
         saves = [x if weight.trainable else None, copy if x.requires_grad and isinstance(copy, Tensor) else None]
-        return self.apply("linear", inputs, [(dims, self.compute)], saves=saves)[0]
+        return self._apply_product([x, copy], row, (dims, self.compute), saves)
+
+    def _apply_product(
+        self,
+        inputs: list[Tensor | Parameter],
+        bias: Tensor | Parameter | None,
+        result: tuple[Dims, str],
+        saves: Sequence[Tensor | None],
+    ) -> Tensor:
+        """x's gradient is a view of a product of two dims; a bias's is the incoming one, summed over all rows."""
+        viewed = [True, False, False]
+        if bias is None:
+            return self.apply("linear", inputs, [result], saves=saves, viewed=viewed)[0]
+        alias, raw = [False, False, True], [None, None, result]
+        return self.apply(
+            "linear", [*inputs, bias], [result], saves=saves, alias=alias, raw_gradients=raw, viewed=viewed
+        )[0]
 
     def _linear_4bit(self, weight: Parameter, bias: Parameter | None, x: Tensor, out: str) -> Tensor:
         """bitsandbytes MatMul4Bit: unpacks the weight for the product and again for its gradient; saves nothing."""
@@ -128,7 +142,7 @@ class Operations(Tape):
         if self.compute is not None:
             first, second = self.to(first, self.compute), self.to(second, self.compute)
         saves = [first if second.requires_grad else None, second if first.requires_grad else None]
-        return self.apply("matmul", [first, second], [(dims, first.dtype)], saves=saves)[0]
+        return self.apply("matmul", [first, second], [(dims, first.dtype)], saves=saves, viewed=True)[0]
 
     # ---- elementwise ------------------------------------------------------------------------------------------
 
@@ -220,7 +234,7 @@ class Operations(Tape):
         dtype = parts[0].dtype
         for part in parts[1:]:
             dtype = promote(dtype, part.dtype)
-        return self.apply(operator, list(parts), [(dims, dtype)], alias=True)[0]
+        return self.apply(operator, list(parts), [(dims, dtype)], alias=True, viewed=True)[0]
 
     def hold(self, *tensors: Tensor) -> None:
         """Keep tensors that every block uses (rotary tables, masks) until the step ends."""

@@ -23,6 +23,7 @@ class Profile:
     grouped_attention: the fused attention kernel reads K key/value heads; otherwise they are first repeated to A.
     loss: how logits turn into a loss (see `planner.ledger.loss_head`); losses: the same, for the families (model_type)
     whose modules do it otherwise.
+    fused_loss: whether that ends in a fused cross-entropy kernel.
     fused_linear_loss: which of Liger's fused projections and losses `loss: liger` runs, by its version.
     holds_logits: the training loop's own variable keeps the logits until the next forward pass has ended.
     reentrant: which form of torch's checkpoint recomputes a block.
@@ -39,6 +40,7 @@ class Profile:
     grouped_attention: bool = True
     loss: str = "float_then_flat"
     losses: tuple[tuple[str, str], ...] = field(default=())
+    fused_loss: bool = False
     fused_linear_loss: str = "liger-0.6"
     holds_logits: bool = False
     reentrant: bool = False
@@ -80,7 +82,7 @@ _PROFILES: dict[str, tuple[Profile, ...]] = {
             version="4.45",
             grouped_attention=False,
             loss="float_at_once",
-            losses=(*_LOSSES_OF_4, ("granite", "float_again")),
+            losses=_LOSSES_OF_4,
             fused_linear_loss="liger-0.4",
             reentrant=True,
             source="transformers 4.45.2: modeling_llama.py, modeling_mistral.py, modeling_granite.py",
@@ -101,7 +103,6 @@ _PROFILES: dict[str, tuple[Profile, ...]] = {
         Profile(
             name="torchtune",
             version="0.4",
-            fused_norm=True,
             loss="torchtune_chunks",
             adapters_follow_weights=True,
             source="torchtune 1814feb1 (2024-11): modules/transformer.py, modules/loss/ce_chunked_output_loss.py",
@@ -114,7 +115,7 @@ _KERNELS: dict[str, dict[str, bool]] = {
     # Liger-Kernel 0.4 transformers/monkey_patch.py: rope, rms_norm, swiglu; ops/rms_norm.py (in_place), ops/swiglu.py
     "liger": {"fused_norm": True, "fused_rope": True, "fused_glu": True, "in_place_gradients": True},
     # fms-acceleration fused-ops-and-kernels, models/llama.py: fast RMSNorm, RoPE and loss; no fused MLP outside 4-bit LoRA
-    "foak": {"fused_norm": True, "fused_rope": True, "in_place_gradients": True},
+    "foak": {"fused_norm": True, "fused_rope": True, "in_place_gradients": True, "fused_loss": True},
 }
 
 
@@ -148,10 +149,6 @@ def _with_kernels(profile: Profile, kernels: str | None) -> Profile:
         raise UnknownField(f'implementation.kernels "{kernels}" is not known; {nearest(kernels, _KERNELS)}')
     if profile.name != "transformers":
         raise PlanError(f"implementation.kernels {kernels} replaces modules of transformers, not of {profile.name}.")
-    if kernels == "foak":
-        losses = {"float_then_shift": "fused_after_shift", "float_at_once": "fused_at_once"}
-        loss = losses.get(profile.loss, "fused")
-        profile = replace(profile, loss=loss, losses=())
     return replace(profile, kernels=kernels, **_KERNELS[kernels])
 
 

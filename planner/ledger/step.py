@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.errors import PlanError
 from planner.ledger.adapters import adapter_for
 from planner.ledger.attention import rotary_tables, shared_masks
 from planner.ledger.block import run_block
@@ -38,6 +39,7 @@ CATEGORIES = (
     "communication_buffers",
     "temporaries",
 )
+LARGEST_TENSOR_BYTES = 2**50
 _OF_SHARDING = {
     "gathered weights": "unsharded_parameters",
     "prefetched weights": "unsharded_parameters",
@@ -107,6 +109,7 @@ def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
     if setting.method.name in ("lora", "qlora", "ia3", "adapter") and setting.recompute.mode != "none":
         x.requires_grad = True  # peft's enable_input_require_grads, without which a checkpointed block has no gradient
     t.family = shape.model_type
+    t.recomputes = _recomputes(setting.recompute)
     _shared_tables(t, shape, x.dtype)
     shared_masks(t, shape, x.dtype)
     flow = [x]
@@ -275,7 +278,7 @@ def _program(
 
 
 def _cut(t: ShardedOperations, layers: tuple[int, ...], head: int, stashed: dict[int, list[int]]) -> StepRecord:
-    sizes = np.stack(np.broadcast_arrays(*[np.asarray(row.size, dtype=np.int64) for row in t.rows]))
+    sizes = _sizes(t)
     events = np.array(t.events, dtype=np.int64)
     rows = np.abs(events) - 1
     signs = np.sign(events).reshape((-1,) + (1,) * (sizes.ndim - 1))
@@ -288,11 +291,16 @@ def _cut(t: ShardedOperations, layers: tuple[int, ...], head: int, stashed: dict
         if stop == start and segment in stretches[phase]:
             continue
         running = np.cumsum(part, axis=0)
-        total = running[-1] if len(part) else np.int64(0)
-        peak = np.maximum(running.max(axis=0), 0) if len(part) else np.int64(0)
+        if not len(part):
+            total = peak = 0
+        elif part.ndim == 1:
+            total, peak = int(running[-1]), max(int(running.max()), 0)
+        else:
+            total, peak = running[-1], np.maximum(running.max(axis=0), 0)
         stretches[phase][segment] = Stretch(part, rows[start:stop], total, peak)
         if phase == "forward":
-            outlive.update(set(events[start:stop] - 1) - set(-events[start:stop] - 1))
+            made = set(t.events[start:stop])
+            outlive.update(event - 1 for event in made if event > 0 and -event not in made)
     return StepRecord(
         t,
         layers,
@@ -303,6 +311,20 @@ def _cut(t: ShardedOperations, layers: tuple[int, ...], head: int, stashed: dict
         _categories(t, head, outlive),
         stashed,
     )
+
+
+def _sizes(t: Operations) -> NDArray[np.int64]:
+    """Bytes of each row, (rows,) or (rows, grid). Raises PlanError beyond what 64 bits can add up."""
+    try:
+        if all(type(row.size) is int for row in t.rows):
+            sizes = np.array([row.size for row in t.rows], dtype=np.int64)
+        else:
+            sizes = np.stack(np.broadcast_arrays(*[np.asarray(row.size, dtype=np.int64) for row in t.rows]))
+    except OverflowError:
+        sizes = np.array([2**62])
+    if sizes.max(initial=0) > LARGEST_TENSOR_BYTES:
+        raise PlanError("this plan makes a single tensor of more than 1 PiB; check micro_batch_size and sequence_length.")
+    return sizes
 
 
 def _categories(t: Operations, head: int, outlive: set[int]) -> NDArray[np.int64]:

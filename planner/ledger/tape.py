@@ -9,7 +9,7 @@ Rules of autograd that the tape follows (torch 2.x, `torch/csrc/autograd`):
     1. An operation gets a backward node if any of its inputs requires a gradient; what it saves depends on which.
     2. A node releases what it saved once its backward function has returned, and its output's gradient with it.
     3. Nodes run newest first. A second gradient for the same tensor is added in place if nobody else refers to the
-       first, and into a new tensor otherwise.
+       first and it is no view (which keeps its base alive), and into a new tensor otherwise (input_buffer.cpp).
     4. The first gradient of a parameter becomes its `.grad` without a copy; a later one is added in place.
 
 Sizes may be integers or NumPy arrays: the record is the same, and then it answers for a whole grid of plans.
@@ -23,10 +23,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from planner.formats import BITS
 
 __all__ = ["ALLOCATION_BYTES", "Node", "Parameter", "Row", "Storage", "Tape", "Tensor", "allocated_bytes", "trains"]
 
+REDUCTION_BUFFER_LIMIT_BYTES = 132 * 1024 * 1024  # 1 MiB for each multiprocessor of an H200
 ALLOCATION_BYTES = 512  # c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize: every request is rounded up to it
 
 Dims = tuple[str, ...]
@@ -97,7 +100,7 @@ class Parameter:
 class Node:
     """The backward function of one operation."""
 
-    __slots__ = ("edges", "grads", "module", "operator", "recompute", "saved", "saves", "scratch", "segment", "wanted")
+    __slots__ = ("edges", "grads", "module", "operator", "recompute", "saved", "saves", "scratch", "segment", "viewed", "wanted")
 
     def __init__(self, operator: str, module: str, segment: int, outputs: int) -> None:
         self.operator = operator
@@ -110,6 +113,7 @@ class Node:
         self.grads: list[Storage | None] = [None] * outputs
         self.recompute: Callable[..., Tensor] | None = None
         self.wanted: list[bool] = []
+        self.viewed: set[int] = set()  # outputs whose gradient so far is a view
 
 
 @dataclass(slots=True)
@@ -122,6 +126,7 @@ class Edge:
     alias: bool
     dims: Dims
     dtype: str
+    viewed: bool = False  # the gradient is a view of another tensor, so nothing is added into it
     raw: tuple[Dims, str] | None = None  # what the formula yields before it is summed and cast to dims and dtype
     memory: Storage | None = None  # an existing storage that the gradient is written into
 
@@ -220,6 +225,7 @@ class Tape:
         gradient_dims: Sequence[tuple[Dims, str] | None] | None = None,
         raw_gradients: Sequence[tuple[Dims, str] | None] = (),
         gradients_in: Sequence[Storage | None] = (),
+        viewed: bool | Sequence[bool] = False,
     ) -> list[Tensor]:
         """Run one operation and record it.
 
@@ -232,6 +238,7 @@ class Tape:
         gradient_dims: size of each input's gradient where it is not the input's own.
         raw_gradients: what the formula makes for each input before autograd sums it to the input's shape and casts
         it to the input's format (engine.cpp, validate_outputs: once all gradients of the node exist).
+        viewed: the gradient arrives as a view, as through a reshaped product; for all inputs, or for each.
         gradients_in: for each input, memory that its gradient is written into by kernels that work in place.
         """
         requires_grad = self.enabled and any(trains(value) for value in inputs)
@@ -258,10 +265,12 @@ class Tape:
                     shared = alias if isinstance(alias, bool) else alias[position]
                     edge = _edge(value, size or (value.dims, value.dtype), shared or (view and not copies))
                     edge.raw = raw_gradients[position] if raw_gradients else None
+                    edge.alias = edge.alias or shared and edge.raw is not None
+                    edge.viewed = view and not copies or (viewed if isinstance(viewed, bool) else viewed[position])
                     edge.memory = gradients_in[position] if gradients_in else None
                     node.edges.append(edge)
             self.nodes.append(node)
-            weighs = not alias and any(isinstance(value, Parameter) for value in inputs)
+            weighs = alias is not True and any(isinstance(value, Parameter) for value in inputs)
             node.saves = bool(node.saved) or weighs
             if saves_outputs or extra_saved:
                 self.needed = len(self.rows)
@@ -391,6 +400,7 @@ class Tape:
         self.module = node.module
         operator = f"{node.operator} backward"
         incoming = next(grad for grad in node.grads if grad is not None)
+        through = bool(node.viewed)
         held = [self.allocate(operator, dims, dtype) for dims, dtype in node.scratch]
         produced = [
             incoming
@@ -408,15 +418,33 @@ class Tape:
         for position, edge in enumerate(node.edges):
             if edge.raw is not None:
                 role = "gradient" if edge.parameter else "temporary"
+                buffer = self._reduction_buffer(operator, edge)
                 produced[position] = self.allocate(operator, edge.dims, edge.dtype, role)
+                del buffer
             edge.memory = None
         del incoming
         node.saved.clear()
         node.grads.clear()
         for edge in node.edges:
-            self._deliver(edge, produced.pop(0))
+            self._deliver(edge, produced.pop(0), edge.viewed or through and edge.alias and edge.raw is None)
 
-    def _deliver(self, edge: Edge, grad: Storage) -> None:
+    def _reduction_buffer(self, operator: str, edge: Edge) -> Storage | None:
+        """Where thread blocks combine a sum over leading dims, as for the gradients of biases and norm weights.
+
+        8 bytes an element up to 1 MiB a multiprocessor, and a semaphore for 128 columns, from 1024 rows on: measured
+        on an H200, torch 2.11 (aten/src/ATen/native/cuda/Reduce.cuh allocates it).
+        """
+        kept = len(edge.dims)
+        if edge.raw is None or not kept or len(edge.raw[0]) <= kept or edge.raw[0][-kept:] != edge.dims:
+            return None
+        name = "sum " + "*".join(edge.raw[0])
+        if name not in self.sizes:
+            rows, columns = self.elements(edge.raw[0][:-kept]), self.elements(edge.dims)
+            size = np.minimum(8 * rows * columns, REDUCTION_BUFFER_LIMIT_BYTES) + 4 * -(-columns // 128)
+            self.sizes[name] = size * (rows >= 1024)
+        return self.allocate(operator, (name,), "int8")
+
+    def _deliver(self, edge: Edge, grad: Storage, viewed: bool = False) -> None:
         if edge.parameter is not None:
             if not self.hooked and not self.accumulate:
                 self.gradients.setdefault(edge.parameter.name, grad)
@@ -427,9 +455,13 @@ class Tape:
         known = target.grads[edge.output]
         if known is None:
             target.grads[edge.output] = grad
+            if viewed:
+                target.viewed.add(edge.output)
             return
         del known
-        if sys.getrefcount(target.grads[edge.output]) > 2:  # the list and the argument: somebody else looks at it
+        shared = sys.getrefcount(target.grads[edge.output]) > 2  # the list and the argument: somebody else looks at it
+        if shared or edge.output in target.viewed:
+            target.viewed.discard(edge.output)
             target.grads[edge.output] = self.allocate("accumulate gradient", edge.dims, edge.dtype)
 
 

@@ -6,6 +6,7 @@ itself holds, over the states that outlive it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,10 +41,9 @@ def pass_levels(record: StepRecord) -> PassLevels:
     forward = [record.forward[segment] for segment in order]
     release = [record.release[segment] for segment in order if segment in record.release]
     backward = [record.backward[segment] for segment in reversed(order) if segment in record.backward]
-    zero = np.int64(0)
-    forward_end = _total(forward, zero)
+    forward_end = _total(forward, 0)
     released = _total(release, forward_end)
-    forward_peak, forward_where = _highest(forward, zero)
+    forward_peak, forward_where = _highest(forward, 0)
     backward_peak, backward_where = _highest(backward, released)
     return PassLevels(
         forward_peak,
@@ -72,24 +72,22 @@ def _total(stretches: Sequence[Stretch], start: Any) -> Any:
 
 def _highest(stretches: Sequence[Stretch], start: Any) -> tuple[Any, int]:
     """The highest level over the stretches, and the position of the stretch where it is (of a grid: its largest)."""
-    best, where = start, 0
-    for position, stretch in enumerate(stretches):
-        level = start + stretch.peak
-        if np.max(level) > np.max(best):
-            where = position
-        best = np.maximum(best, level)
+    levels = []
+    for stretch in stretches:
+        levels.append(start + stretch.peak)
         start = start + stretch.total
-    return best, where
+    if all(type(level) is int for level in levels):
+        best = max(levels)
+        return best, levels.index(best)
+    grid = np.stack(np.broadcast_arrays(*levels))
+    return grid.max(axis=0), int(np.argmax(grid.reshape(len(grid), -1).max(axis=1)))
 
 
 def _breakdown(record: StepRecord, before: Sequence[Stretch], at: Stretch | None) -> dict[str, Any]:
     counts: NDArray[np.int64] = np.zeros(len(CATEGORIES), dtype=np.int64)
-    seen: dict[int, NDArray[np.int64]] = {}
-    for stretch in before:
-        known = seen.get(id(stretch))
-        if known is None:
-            known = seen[id(stretch)] = _by_category(record, stretch, len(stretch.deltas))
-        counts = counts + known
+    times = Counter(id(stretch) for stretch in before)
+    for stretch in {id(stretch): stretch for stretch in before}.values():
+        counts = counts + times[id(stretch)] * _by_category(record, stretch, len(stretch.deltas))
     if at is not None and at.deltas.ndim == 1 and len(at.deltas):
         running = np.cumsum(at.deltas)
         stop = int(np.argmax(running)) + 1 if running.max() > 0 else 0

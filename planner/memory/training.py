@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from planner.errors import NotCovered, PlanError
 from planner.formats import BITS
@@ -21,7 +22,7 @@ from planner.memory.states import gradient_bytes, weight_bytes
 from planner.model.shape import ModelShape
 from planner.plan import TrainingPlan
 
-__all__ = ["TrainingMemory", "accumulation_steps", "data_ranks", "training_memory"]
+__all__ = ["TrainingMemory", "accumulation_steps", "training_memory"]
 
 DEEPSPEED_BUCKET_ELEMENTS = 500_000_000  # runtime/zero/config.py: reduce_bucket_size
 
@@ -47,23 +48,13 @@ class TrainingMemory:
         return self.breakdowns[self.peak_moment]
 
 
-def data_ranks(plan: TrainingPlan) -> int:
-    """Data-parallel ranks: as the plan says, or what the accelerators leave after the other degrees."""
-    p, hardware = plan.parallelism, plan.hardware
-    gpus = hardware.gpus_per_node * hardware.nodes
-    others = p.tensor * p.pipeline * p.context
-    if gpus % others:
-        raise PlanError(f"{gpus} GPUs cannot be divided by tensor x pipeline x context = {others}.")
-    return p.data if p.data is not None else gpus // others
-
-
 def accumulation_steps(plan: TrainingPlan) -> int:
     """Micro-batches in one optimizer step on one rank."""
     if plan.data.gradient_accumulation_steps is not None:
         return plan.data.gradient_accumulation_steps
     if plan.data.global_batch_size is None:
         return 1
-    once = plan.data.micro_batch_size * data_ranks(plan)
+    once = plan.data.micro_batch_size * plan.data_ranks
     if plan.data.global_batch_size % once:
         raise PlanError(
             f"global_batch_size {plan.data.global_batch_size} is not a multiple of "
@@ -75,7 +66,7 @@ def accumulation_steps(plan: TrainingPlan) -> int:
 def training_memory(plan: TrainingPlan, shape: ModelShape, device: Device) -> TrainingMemory:
     """Moments and breakdown of a steady-state step. Raises NotCovered for what the ledger has no rows for."""
     _covered(plan)
-    data = data_ranks(plan)
+    data = plan.data_ranks
     profile = profile_named(plan.implementation.name, plan.implementation.version, plan.implementation.kernels)
     tensors = state_tensors(shape, plan.method, plan.precision)
     held = held_by_a_rank(tensors, plan.parallelism, data)
@@ -83,10 +74,15 @@ def training_memory(plan: TrainingPlan, shape: ModelShape, device: Device) -> Tr
     main = plan.precision.gradients != plan.precision.weights and engine not in ("fsdp1", "fsdp2")
     persistent = accumulation_steps(plan) > 1 or not plan.optimizer.set_to_none or main
     stepped = _optimizer(plan, held)
-    levels = pass_levels(record_step(shape, _setting(plan, profile, engine, data, persistent)))
+    levels = _levels(shape, _setting(plan, profile, engine, data, persistent))
     base, host = _base(plan, held, stepped, device, engine, data)
     gradients = _gradients(plan, held, main)
     return _moments(plan, levels, base, gradients, persistent, stepped, host)
+
+
+@lru_cache(maxsize=64)
+def _levels(shape: ModelShape, setting: Setting) -> PassLevels:
+    return pass_levels(record_step(shape, setting))
 
 
 def _covered(plan: TrainingPlan) -> None:

@@ -56,37 +56,44 @@ def config_from_path(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises SourceUnavailable when it cannot be read and ModelConfigError when it is not a JSON object.
     """
-    place = Path(path)
+    place = _config_file(Path(path))
+    try:
+        content = place.read_bytes()
+    except OSError as error:
+        raise SourceUnavailable(f"{place} could not be read: {error.strerror or error}.") from error
+    try:
+        config = json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ModelConfigError(f"{place} is not UTF-8 text (byte {error.start}); it needs to be JSON.") from error
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ModelConfigError(f"{place} is not valid JSON: {error.msg} at {where}.") from error
+    except RecursionError as error:
+        raise ModelConfigError(f"{place} is nested too deeply to be a model config.") from error
+    except ValueError as error:  # Python's own limit on the digits of a number
+        raise ModelConfigError(f"{place} holds a number with too many digits to be a size.") from error
+    if not isinstance(config, dict):
+        raise ModelConfigError(f"{place} holds a JSON {type(config).__name__}; a model config is an object.")
+    return config
+
+
+def _config_file(place: Path) -> Path:
+    """The file itself, given it or its folder; raises when there is none, or when it is too large to be a config."""
     try:
         if place.is_dir():
             if not (place / "config.json").is_file():
                 raise SourceUnavailable(f"The folder {place} holds no config.json.")
             place = place / "config.json"
         if not place.is_file():
-            raise SourceUnavailable(f"There is no model config at {place}.")
+            raise SourceUnavailable(f"There is no model config at {str(place)[:200]}.")
         size = place.stat().st_size
-        if size > LARGEST_CONFIG_BYTES:
-            raise ModelConfigError(
-                f"{place} has {size} bytes; a model config has at most {LARGEST_CONFIG_BYTES}. Is it a weights file?"
-            )
-        config = json.loads(place.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ModelConfigError(f"{place} is not UTF-8 text (byte {error.start}); it needs to be JSON.") from error
-    except json.JSONDecodeError as error:
-        raise ModelConfigError(
-            f"{place} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}."
-        ) from error
-    except RecursionError as error:
-        raise ModelConfigError(f"{place} is nested too deeply to be a model config.") from error
     except OSError as error:
-        raise SourceUnavailable(f"{place} could not be read: {error.strerror or error}.") from error
-    except ValueError as error:
-        if isinstance(error, (SourceUnavailable, ModelConfigError)):
-            raise
-        raise SourceUnavailable(f"{str(place)[:80]!r} is not a path that can be read: {error}.") from error
-    if not isinstance(config, dict):
-        raise ModelConfigError(f"{place} holds a JSON {type(config).__name__}; a model config is an object.")
-    return config
+        raise SourceUnavailable(f"{str(place)[:200]} could not be read: {error.strerror or error}.") from error
+    if size > LARGEST_CONFIG_BYTES:
+        raise ModelConfigError(
+            f"{place} has {size} bytes; a model config has at most {LARGEST_CONFIG_BYTES}. Is it a weights file?"
+        )
+    return place
 
 
 def shape_from_path(path: str | os.PathLike[str]) -> ModelShape:

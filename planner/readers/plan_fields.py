@@ -4,9 +4,9 @@ A dataclass is compiled once into converters, from its type hints and from the t
 dotted name, and accepted values of text fields whose type is an open `str`. Converters take a value of the document
 and its dotted name, and return the value of the field or raise PlanError with one sentence.
 
-Own code rather than msgspec or pydantic: three quarters of a plan's checks are here-and-now tables that either library
-would need too, the short forms need a pass before any schema, and the sentences (nearest field, the section a field
-belongs to, the accepted range) are the point of this module.
+Own code rather than msgspec or pydantic: either would need the same tables of ranges and choices and the same pass over
+short forms before its schema, and would then have its messages replaced, which are the point of this module (nearest
+field, the section that a field belongs to, the accepted range).
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from planner import plan as values
 from planner.errors import PlanError, PlannerError, UnknownField, nearest
+from planner.quantization import QUANTIZATIONS
 from planner.readers.plan_short_forms import PRECISION_RECIPES, SHORT_FORMS, canonical
 from planner.readers.text_documents import MOST_LEVELS, shown
 from planner.units import parse_bytes, parse_count
 
-__all__ = ["GGUF_FILE_TYPES", "OPTIMIZERS", "QUANTIZATIONS", "Section", "plain", "section_of"]
+__all__ = ["OPTIMIZERS", "Section", "fields_given", "plain", "section_of"]
 
 Converter = Callable[[Any, str], Any]
 
@@ -45,16 +46,6 @@ OPTIMIZERS = (
     "muon",
     "lomo",
 )
-
-# File types of llama.cpp's `llama-quantize` (tools/quantize/quantize.cpp).
-# fmt: off
-GGUF_FILE_TYPES = (
-    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q2_K_S", "Q3_K_S", "Q3_K_M", "Q3_K_L",
-    "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M",
-    "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M", "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4_MOE",
-)
-# fmt: on
-QUANTIZATIONS = ("none", "fp8", "int8", "nf4", "gptq-4bit", "awq-4bit", "mxfp4", *GGUF_FILE_TYPES)
 
 # vLLM's and llama.cpp's cache types under our names for formats.
 KV_CACHE_FORMATS = ("auto", "fp32", "bf16", "fp16", "fp8", "int8", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")

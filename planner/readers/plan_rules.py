@@ -11,6 +11,7 @@ from collections.abc import Set as AbstractSet
 from math import prod
 
 from planner.plan import ServingPlan, TrainingPlan
+from planner.quantization import GGUF_FILE_TYPES
 
 __all__ = ["METHOD_FIELDS", "contradiction_in", "data_degree"]
 
@@ -37,14 +38,6 @@ _FUSED = frozenset({"sgd", "sgd-momentum", "adam", "adamw"})
 
 TrainingRule = Callable[[TrainingPlan, AbstractSet[str]], str | None]
 ServingRule = Callable[[ServingPlan, AbstractSet[str]], str | None]
-
-
-def data_degree(plan: TrainingPlan) -> int:
-    """Data-parallel ranks: as given, or what the accelerators leave after the other degrees (rounded down)."""
-    degrees = plan.parallelism
-    if degrees.data is not None:
-        return degrees.data
-    return _accelerators(plan) // (degrees.tensor * degrees.pipeline * degrees.context)
 
 
 def _accelerators(plan: TrainingPlan | ServingPlan) -> int:
@@ -88,7 +81,7 @@ def _one_batch_rule(plan: TrainingPlan, given: AbstractSet[str]) -> str | None:
 
 def _whole_accumulation(plan: TrainingPlan, given: AbstractSet[str]) -> str | None:
     """Every rank runs the same number of micro batches (Megatron and DeepSpeed assert it)."""
-    batch, micro, data = plan.data.global_batch_size, plan.data.micro_batch_size, data_degree(plan)
+    batch, micro, data = plan.data.global_batch_size, plan.data.micro_batch_size, plan.data_ranks
     if batch is not None and batch % (micro * data):
         return (
             f"data.global_batch_size {batch} is not a multiple of "
@@ -111,7 +104,7 @@ def _even_sequence(plan: TrainingPlan, given: AbstractSet[str]) -> str | None:
 def _experts_over_whole_groups(plan: TrainingPlan, given: AbstractSet[str]) -> str | None:
     """Expert groups are carved out of the ranks of one pipeline stage (Megatron-Core's parallel_state)."""
     degrees = plan.parallelism
-    ranks = data_degree(plan) * degrees.context * degrees.tensor
+    ranks = plan.data_ranks * degrees.context * degrees.tensor
     if ranks % degrees.expert:
         return (
             f"parallelism.expert {degrees.expert} does not divide the "
@@ -122,7 +115,7 @@ def _experts_over_whole_groups(plan: TrainingPlan, given: AbstractSet[str]) -> s
 
 def _replicas_divide_data(plan: TrainingPlan, given: AbstractSet[str]) -> str | None:
     """Hybrid sharding is a two-dimensional mesh, replicas x shards."""
-    replicas, data = plan.parallelism.replicas, data_degree(plan)
+    replicas, data = plan.parallelism.replicas, plan.data_ranks
     if data % replicas:
         return f"parallelism.replicas {replicas} does not divide the {data} data-parallel ranks."
     if replicas > 1 and plan.parallelism.zero == 0:
@@ -216,7 +209,7 @@ def _in_backward_without_accumulation(plan: TrainingPlan, given: AbstractSet[str
         return None
     steps = plan.data.gradient_accumulation_steps
     if steps is None and plan.data.global_batch_size is not None:
-        steps = plan.data.global_batch_size // (plan.data.micro_batch_size * data_degree(plan))
+        steps = plan.data.global_batch_size // (plan.data.micro_batch_size * plan.data_ranks)
     if steps is not None and steps > 1:
         return f"optimizer.in_backward frees each gradient at once, so it cannot accumulate over {steps} micro batches."
     return None
@@ -303,16 +296,7 @@ def _requests_fit_the_context(plan: ServingPlan, given: AbstractSet[str]) -> str
 
 def _gguf_runs_where(plan: ServingPlan, given: AbstractSet[str]) -> str | None:
     """GGUF files are llama.cpp's; vLLM, SGLang and transformers read them too, TensorRT-LLM does not."""
-    if plan.engine == "tensorrt-llm" and plan.quantization[:2].upper() in {
-        "Q2",
-        "Q3",
-        "Q4",
-        "Q5",
-        "Q6",
-        "Q8",
-        "IQ",
-        "TQ",
-    }:
+    if plan.engine == "tensorrt-llm" and plan.quantization in GGUF_FILE_TYPES:
         return f"tensorrt-llm does not read GGUF files such as {plan.quantization}; use llama.cpp or vllm."
     return None
 

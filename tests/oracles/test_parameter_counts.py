@@ -14,7 +14,7 @@ import pytest
 
 from planner.ledger.weights import active_parameters, named_weights, parameter_counts
 from planner.model.catalogue import CatalogueEntry, catalogue_entries, find_entry
-from planner.model.shape import ModelShape
+from planner.model.shape import Attention, LatentAttention, ModelShape
 from planner.readers.hf_config import shape_from_config
 from planner.readers.models import load_model
 
@@ -262,8 +262,8 @@ def cut(config: dict[str, Any], layers: int = 7) -> dict[str, Any]:
     return small
 
 
-def reference_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the parameters of the reference class; tied ones once, under their first name."""
+def reference_model(config: dict[str, Any]) -> Any:
+    """The reference class on the meta device."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers", minversion="5.0")
     given = dict(config)
@@ -276,7 +276,12 @@ def reference_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, .
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(described)
     model.tie_weights()
-    for name, parameter in model.named_parameters():
+    return model
+
+
+def reference_shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the parameters of the reference class; tied ones once, under their first name."""
+    for name, parameter in reference_model(config).named_parameters():
         yield name, tuple(parameter.shape)
 
 
@@ -305,3 +310,30 @@ def test_published_configs_against_the_reference_class(name: str) -> None:
 def test_variations_against_the_reference_class(label: str) -> None:
     config = VARIATIONS[label]
     compare(shape_from_config(config), config)
+
+
+@pytest.mark.parametrize("name", [name for name in REPRESENTATIVES if "V4" not in name])
+def test_windows_positions_and_dropout_against_the_reference_class(name: str) -> None:
+    """The window of every layer, how much of each head rotates, and the rates of dropout."""
+    entry = find_entry(name)
+    assert entry is not None
+    config = cut(dict(entry.config))
+    shape, model = shape_from_config(config), reference_model(config)
+    torch = pytest.importorskip("torch")
+    stack = next(
+        module
+        for _, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == len(shape.blocks)
+    )
+    for block, layer in zip(shape.blocks, stack, strict=True):
+        if not isinstance(block.mixer, Attention):
+            continue
+        windows = {part.sliding_window for part in layer.modules() if hasattr(part, "sliding_window")}
+        assert windows <= {block.mixer.window}
+        rates = {part.p for part in layer.modules() if isinstance(part, torch.nn.Dropout)}
+        assert rates <= {block.dropout, block.mixer.dropout}
+    rotated = {block.mixer.rotary_dim for block in shape.blocks if isinstance(block.mixer, Attention)} - {0}
+    rotated |= {block.mixer.rope_dim for block in shape.blocks if isinstance(block.mixer, LatentAttention)}
+    tables = {2 * len(buffer) for key, buffer in model.named_buffers() if key.endswith("inv_freq")}
+    if tables:  # GPT-J keeps whole sine tables instead
+        assert rotated == tables

@@ -513,6 +513,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "heads": ({"model_type": "vit", "hidden_size": 100, "num_attention_heads": 12}, "not a multiple of 12 heads"),
     "patch": ({"model_type": "vit", "image_size": 8, "patch_size": 16}, "does not fit"),
     "class": ({"model_type": "bert", "architectures": ["BertForMaskedML"]}, "BertForMaskedLM"),
+    "cross-attention": ({"model_type": "roberta", "add_cross_attention": True}, "add_cross_attention"),
     "feed-forward": ({"model_type": "t5", "feed_forward_proj": "gated"}, "feed_forward_proj"),
     "layerdrop": ({"model_type": "whisper", "encoder_layerdrop": 0.1}, "skips layers"),
     "tower": (

@@ -161,6 +161,12 @@ def test_a_number_written_as_float_is_taken_when_whole() -> None:
     assert shape_from_config({**LLAMA, "hidden_size": 64.0}) == shape_from_config(LLAMA)
 
 
+def test_a_class_without_output_head_is_said_to_be_read_with_one() -> None:
+    assert shape_from_config({**LLAMA, "architectures": ["LlamaForCausalLM"]}).uncovered == ()
+    (sentence,) = shape_from_config({**LLAMA, "architectures": ["LlamaForSequenceClassification"]}).uncovered
+    assert "LlamaForSequenceClassification" in sentence
+
+
 def test_dtype_and_quantisation_are_read() -> None:
     shape = shape_from_config(
         {**LLAMA, "torch_dtype": "torch.bfloat16", "quantization_config": {"quant_method": "fp8"}}
@@ -282,6 +288,7 @@ def test_file_and_folder(tmp_path: Path) -> None:
         (b"\xff\xfe{}", ModelConfigError, "UTF-8"),
         (b"[1, 2]", ModelConfigError, "JSON list"),
         (b"[" * 200_000, ModelConfigError, "nested too deeply"),
+        (b'{"hidden_size": ' + b"9" * 5000 + b"}", ModelConfigError, "too many digits"),
         (b" " * 5_000_001, ModelConfigError, "5000001 bytes"),
     ],
 )
@@ -297,8 +304,9 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
         shape_from_path(tmp_path)
     with pytest.raises(SourceUnavailable, match="no model config"):
         shape_from_path(tmp_path / "missing.json")
-    with pytest.raises(SourceUnavailable):
-        load_model("./nowhere")
+    for odd in ("./nowhere", "/" + "x" * 3000, "~/nowhere/config.json", "a.json"):
+        with pytest.raises(SourceUnavailable):
+            load_model(odd)
 
 
 def test_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from planner.readers.config_view import ConfigView
 from planner.readers.families.decoder import LAYER_NORM, MOST_LAYERS, published_dtype, quantization_method
 from planner.readers.families.encoder import architecture, bidirectional_attention, labels, plain_mlp
 
-__all__ = ["READERS", "bert_encoder", "dense_and_norm"]
+__all__ = ["READERS", "bert_encoder", "dense_and_norm", "uncovered_head"]
 
 _CLASSES = ("BertModel", "BertForMaskedLM", "BertForPreTraining", "BertForSequenceClassification")
 
@@ -23,6 +23,8 @@ def bert_encoder(
     positions = view.int("max_position_embeddings", 512)
     view.str("position_embedding_type", "absolute", among=("absolute",))
     view.ignore("classifier_dropout", "gradient_checkpointing")
+    if view.bool("add_cross_attention", False):
+        raise view.fail("add_cross_attention", "false; decoders with cross-attention are not covered")
     block = Block(
         mixer=bidirectional_attention(
             view,
@@ -30,6 +32,7 @@ def bert_encoder(
             heads,
             names=tuple(f"attention.self.{part}" for part in ("query", "key", "value")),
             out_name="attention.output.dense",
+            causal=view.bool("is_decoder", False),
             dropout=view.float("attention_probs_dropout_prob", 0.1, maximum=1.0),
         ),
         ffn=plain_mlp(
@@ -64,7 +67,14 @@ def bert_encoder(
         dtype=published_dtype(view),
         quantization=quantization_method(view),
         prefix=f"{base}encoder.layer",
+        uncovered=uncovered_head(head, extra),
     )
+
+
+def uncovered_head(head: Head, extra: tuple[Weight, ...]) -> tuple[str, ...]:
+    """What stands after the last block and has weights, but no description of what it keeps."""
+    parts = ("dense layer and norm before the output matrix",) if head.extra else ()
+    return parts + (("pooler and classifier on the first position",) if extra else ())
 
 
 def dense_and_norm(hidden: int, dense: str, norm: str = "") -> tuple[Weight, ...]:

@@ -23,6 +23,7 @@ __all__ = [
     "gated_mlp",
     "grouped_attention",
     "head_size",
+    "other_classes",
     "published_dtype",
     "quantization_method",
     "read_trunk",
@@ -183,6 +184,18 @@ def quantization_method(view: ConfigView) -> str | None:
     return details.str("quant_method", "unnamed")
 
 
+def other_classes(view: ConfigView) -> tuple[str, ...]:
+    """A sentence when the checkpoint was saved from another class than the language model that is described."""
+    classes = view.strings("architectures") or []
+    if not classes or any(
+        name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in classes
+    ):
+        return ()
+    if view.has("auto_map"):  # code of its own: its class names say nothing
+        return ()
+    return (f"the checkpoint holds {classes[0]}; the language model with its output head is described",)
+
+
 def assemble(
     view: ConfigView,
     trunk: Trunk,
@@ -206,5 +219,5 @@ def assemble(
         dtype=published_dtype(view),
         quantization=quantization_method(view),
         prefix=prefix,
-        uncovered=uncovered,
+        uncovered=uncovered + other_classes(view),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from planner.ledger.weights.linear import linear_weights
 from planner.model.shape import Block, Embedding, Head, ModelShape
 from planner.readers.config_view import ConfigView
-from planner.readers.families.bert import dense_and_norm
+from planner.readers.families.bert import dense_and_norm, uncovered_head
 from planner.readers.families.decoder import LAYER_NORM, MOST_LAYERS, published_dtype, quantization_method
 from planner.readers.families.encoder import architecture, bidirectional_attention, labels, plain_mlp
 
@@ -73,6 +73,7 @@ def _distilbert(view: ConfigView) -> ModelShape:
         dtype=published_dtype(view),
         quantization=quantization_method(view),
         prefix=f"{base}transformer.layer",
+        uncovered=uncovered_head(head, extra),
     )
 
 

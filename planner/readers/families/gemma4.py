@@ -147,7 +147,7 @@ def _text(view: ConfigView) -> ModelShape:
     blocks = blocks_by_kind(
         _layer_kinds(view, trunk.layers), lambda kind: _sandwich(_attention(view, kind), ffn, extra)
     )
-    uncovered = ("one scalar that multiplies each block's output",)
+    uncovered = ("normalisation of the values", "one scalar that multiplies each block's output")
     if isinstance(ffn, Moe):
         uncovered += ("norms around the dense and the routed branch, and inside the router",)
     return assemble(

@@ -81,6 +81,9 @@ def _modernbert(view: ConfigView) -> ModelShape:
             name="decoder",
             extra=transform + norm_weights(norm, "head.norm", hidden),
         )
+    uncovered = ("dense layer and norm before the output matrix",) if base else ()
+    if dropout:
+        uncovered += ("dropout after the attention output",)
     return ModelShape(
         name="",
         model_type=view.owner,
@@ -99,7 +102,7 @@ def _modernbert(view: ConfigView) -> ModelShape:
         dtype=published_dtype(view),
         quantization=quantization_method(view),
         prefix=f"{base}layers",
-        uncovered=("dropout after the attention output",) if dropout else (),
+        uncovered=uncovered,
     )
 
 

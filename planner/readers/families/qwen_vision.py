@@ -1,6 +1,6 @@
 """The vision towers of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5, with the mergers that shorten their output.
 
-Wang et al. 2024 (arXiv:2409.12191), Bai et al. 2025 (arXiv:2502.13923), the Qwen3-VL report (arXiv:2511.21631).
+Wang et al. 2024 (arXiv:2409.12191), Bai et al. 2025 (arXiv:2502.13923).
 Images keep their own size, so the number of patches is left to the plan.
 """
 

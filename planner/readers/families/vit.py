@@ -81,7 +81,7 @@ def _vit(view: ConfigView) -> ModelShape:
         dtype=published_dtype(view),
         quantization=quantization_method(view),
         prefix=f"{base}layers",
-        uncovered=("patch embedding of the image",),
+        uncovered=("patch embedding of the image", "pooler or classifier on the first position"),
     )
 
 

@@ -1,41 +1,32 @@
-"""The answer to a plan: one immutable value with every figure, what was assumed, and what is not modelled."""
+"""The answer to a training plan: one immutable value with every figure, what was assumed, and what is not modelled."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from planner.answer.common import Parameters, model_warnings, name_of
 from planner.hardware import Device
 from planner.ledger.parameters import state_tensors
 from planner.ledger.profile import profile_named
-from planner.ledger.weights import active_parameters, parameter_counts
+from planner.ledger.weights import active_parameters
 from planner.memory.device import DeviceTerm, device_terms
-from planner.memory.serving import ServingMemory, serving_memory
 from planner.memory.sharding import engine_of
-from planner.memory.training import TrainingMemory, accumulation_steps, data_ranks, training_memory
+from planner.memory.training import TrainingMemory, accumulation_steps, training_memory
 from planner.model.shape import ModelShape
-from planner.plan import ServingPlan, TrainingPlan
+from planner.plan import TrainingPlan
 from planner.verdict import Verdict, verdict_of
 
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Estimate", "ServingEstimate", "TrainingEstimate", "answer_serving", "answer_training"]
+__all__ = ["TrainingEstimate", "answer_training"]
 
 NOT_MODELLED = (
     "time, throughput and cost are not computed by this version; the fields are null.",
     "fragmentation of the caching allocator is a band around peak_reserved, not a simulation of it.",
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parameters:
-    """Exact counts: all parameters with the adapters, those that train, those that one token meets."""
-
-    total: int
-    trainable: int
-    active: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,50 +88,12 @@ class TrainingEstimate:
         return pandas.DataFrame(self.memory.breakdowns).T.rename_axis("moment")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServingEstimate:
-    """A serving plan's answer. Bytes are of one accelerator of one replica."""
-
-    plan: ServingPlan
-    parameters: Parameters
-    memory: ServingMemory
-    verdict: Verdict
-    assumptions: tuple[str, ...]
-    warnings: tuple[str, ...]
-    next_commands: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The answer as plain data: bytes as integers, nothing rounded."""
-        return {
-            "kind": "serving",
-            "parameters": asdict(self.parameters),
-            "memory": self.memory.to_dict(),
-            "verdict": asdict(self.verdict),
-            "latency": None,
-            "throughput": None,
-            "cost": None,
-            "assumptions": list(self.assumptions),
-            "warnings": list(self.warnings),
-            "next_commands": list(self.next_commands),
-        }
-
-    def to_frame(self) -> pandas.DataFrame:
-        """One row a category of the device's memory, in bytes. Needs pandas."""
-        import pandas
-
-        return pandas.DataFrame({"bytes": self.memory.breakdown}).rename_axis("category")
-
-
-Estimate = TrainingEstimate | ServingEstimate
-
-
 def answer_training(
     plan: TrainingPlan, shape: ModelShape, device: Device, *, defaults: Sequence[str] = (), notes: Sequence[str] = ()
 ) -> TrainingEstimate:
     """Memory and verdict of a training plan. `defaults` are the fields the plan left open, with their values."""
     memory = training_memory(plan, shape, device)
-    gpus = plan.hardware.gpus_per_node * plan.hardware.nodes
-    terms = device_terms(device, memory.peak_allocated, gpus)
+    terms = device_terms(device, memory.peak_allocated, plan.gpus)
     verdict = verdict_of(memory.peak_allocated, terms, device.memory_capacity_bytes, moment=memory.peak_moment)
     tensors = state_tensors(shape, plan.method, plan.precision)
     counts = Parameters(
@@ -156,33 +109,8 @@ def answer_training(
         capacity=device.memory_capacity_bytes,
         verdict=verdict,
         assumptions=(*_training_assumptions(plan), *notes, *(f"default: {field}" for field in defaults)),
-        warnings=(*_model_warnings(shape), *NOT_MODELLED),
+        warnings=(*model_warnings(shape), *NOT_MODELLED),
         next_commands=_next_training(plan, verdict),
-    )
-
-
-def answer_serving(
-    plan: ServingPlan, shape: ModelShape, device: Device, *, defaults: Sequence[str] = (), notes: Sequence[str] = ()
-) -> ServingEstimate:
-    """Memory and verdict of a serving plan."""
-    memory = serving_memory(plan, shape, device)
-    total = parameter_counts(shape)["total"]
-    return ServingEstimate(
-        plan=plan,
-        parameters=Parameters(total=total, trainable=0, active=active_parameters(shape)),
-        memory=memory,
-        verdict=memory.verdict(),
-        assumptions=(*memory.assumptions, *notes, *(f"default: {field}" for field in defaults)),
-        warnings=(
-            *_model_warnings(shape),
-            *memory.warnings,
-            "latency, throughput and cost are not computed by this version; the fields are null.",
-        ),
-        next_commands=(
-            f"planner serve {_name(plan)} --gpu {plan.hardware.gpu} --quantization nf4",
-            f"planner finetune {_name(plan)} --gpu {plan.hardware.gpu} --method qlora",
-            "planner gpus",
-        ),
     )
 
 
@@ -198,7 +126,7 @@ def _term(term: DeviceTerm) -> dict[str, Any]:
 def _training_assumptions(plan: TrainingPlan) -> tuple[str, ...]:
     """What the figures rest on, most telling first."""
     profile = profile_named(plan.implementation.name, plan.implementation.version)
-    data = data_ranks(plan)
+    data = plan.data_ranks
     precision = plan.precision
     steps = accumulation_steps(plan)
     lifetime = "kept between micro-batches" if steps > 1 else "freed by zero_grad(set_to_none=True)"
@@ -218,20 +146,9 @@ def _training_assumptions(plan: TrainingPlan) -> tuple[str, ...]:
     )
 
 
-def _model_warnings(shape: ModelShape) -> tuple[str, ...]:
-    warnings = [f"not modelled: {part}" for part in shape.uncovered]
-    if shape.assumed:
-        warnings.append("the config leaves these to the reference class's defaults: " + ", ".join(shape.assumed))
-    return tuple(warnings)
-
-
-def _name(plan: TrainingPlan | ServingPlan) -> str:
-    return plan.model if isinstance(plan.model, str) else "config.json"
-
-
 def _next_training(plan: TrainingPlan, verdict: Verdict) -> tuple[str, ...]:
     """Three commands that a person in this situation is most likely to want."""
-    command = f"planner finetune {_name(plan)} --gpu {plan.hardware.gpu}"
+    command = f"planner finetune {name_of(plan)} --gpu {plan.hardware.gpu}"
     if verdict.outcome == "fits":
         return (
             f"{command} --method {plan.method.name} --batch {2 * plan.data.micro_batch_size}",
@@ -246,11 +163,6 @@ def _next_training(plan: TrainingPlan, verdict: Verdict) -> tuple[str, ...]:
     if plan.method.name != "qlora":
         options.append(f"{command} --method qlora --recompute full")
     if plan.parallelism.zero < 3:
-        options.append(f"planner train {_name(plan)} --gpu {plan.hardware.gpu} --gpus 8 --zero 3")
+        options.append(f"planner train {name_of(plan)} --gpu {plan.hardware.gpu} --gpus 8 --zero 3")
     options.append("planner gpus  # accelerators with more memory")
     return tuple(options[:3])
-
-
-def breakdown_names(answer: Mapping[str, Any]) -> tuple[str, ...]:
-    """Categories of an answer's breakdown that hold any bytes, in ledger order."""
-    return tuple(name for name, size in answer["memory"]["breakdown"].items() if size)

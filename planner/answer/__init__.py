@@ -1,0 +1,1 @@
+"""Answers: what a plan needs, as typed immutable values that know how to become plain data."""

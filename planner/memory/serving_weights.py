@@ -1,0 +1,430 @@
+"""Bytes of a model's weights as a serving engine holds them: by format, by tensor-parallel rank, by pipeline stage.
+
+What stays wide. Embeddings, the output projection, norms, biases, routers, convolutions and further towers keep 16
+bits in every format but GGUF, whose recipes reach them too (`planner.memory.gguf_recipe`).
+
+How tensor parallelism divides (Megatron-LM, arXiv:1909.08053, and vLLM's layers, read in 0.33):
+
+    query, up, gate, in-projections   by rows                output, down    by columns; their biases stay whole
+    key, value                        by rows, at least one head on a rank
+    embedding, output projection      by rows, padded to 64 of them
+    experts                           by their width, or whole experts over `expert` ranks
+    norms, routers, latent (MLA) down-projections, the indexer             replicated
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import cast
+
+from planner.errors import NotCovered
+from planner.formats import BITS
+from planner.ledger.weights import WeightGroup, model_weights
+from planner.memory.gguf_recipe import GgufModel, GgufRole, block_format_of
+from planner.model.shape import (
+    Attention,
+    Block,
+    GatedDeltaNet,
+    LatentAttention,
+    Mamba1,
+    Mamba2,
+    ModelShape,
+    Moe,
+    Weight,
+)
+from planner.quantization import (
+    GGUF_FILE_TYPES,
+    MatrixFormat,
+    block_format_fitting,
+    canonical_quantization,
+    matrix_bytes,
+    row_bytes,
+)
+
+__all__ = ["ServingWeights", "rotary_table_bytes", "serving_weight_bytes", "serving_weights"]
+
+VOCABULARY_PADDING = 64  # vLLM 0.33 vocab_parallel_embedding.py, DEFAULT_VOCAB_PADDING_SIZE
+_MERGING_ENGINES = ("vllm", "sglang")  # run GPTQ through Marlin, which frees the g_idx of checkpoints without act-order
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingWeights:
+    """Bytes on one tensor-parallel rank. layers: of each block in order; first, last: what stands before and after.
+
+    tied: bytes of the embedding table when it is the output projection too; a last stage of its own keeps a copy.
+    """
+
+    layers: tuple[int, ...]
+    first: int
+    last: int
+    tied: int
+    assumptions: tuple[str, ...]
+
+    @property
+    def total(self) -> int:
+        """The whole model on one rank, no pipeline."""
+        return sum(self.layers) + self.first + self.last
+
+    def stage(self, start: int, stop: int) -> int:
+        """The blocks of `range(start, stop)` and what belongs to the stage that holds them."""
+        held = sum(self.layers[start:stop])
+        if start == 0:
+            held += self.first
+        if stop == len(self.layers):
+            held += self.last + (self.tied if start > 0 else 0)
+        return held
+
+
+def serving_weight_bytes(
+    shape: ModelShape, quantization: str = "none", *, engine: str = "ideal", tensor: int = 1, expert: int = 1
+) -> int:
+    """Bytes of all weights on one tensor-parallel rank. Raises UnknownName for a quantization that is not known."""
+    return serving_weights(shape, quantization, engine=engine, tensor=tensor, expert=expert).total
+
+
+@lru_cache(maxsize=512)
+def serving_weights(
+    shape: ModelShape, quantization: str = "none", *, engine: str = "ideal", tensor: int = 1, expert: int = 1
+) -> ServingWeights:
+    """The weights on one tensor-parallel rank, block by block."""
+    given = canonical_quantization(quantization)
+    name, assumptions = _as_published(shape, given, engine)
+    form = _Forms(shape, name, engine, tensor, expert)
+    layers = [0] * len(shape.blocks)
+    first = last = tied = 0
+    head = shape.head
+    after = ((head.name, head.norm_name, head.projection_name) if head is not None else ()) or ("",)
+    for group in model_weights(shape):
+        in_stack = bool(group.layers) and group.prefix == shape.prefix
+        if in_stack:
+            for layer, size in form.blocks(group):
+                layers[layer] += size
+            continue
+        for weight in group.weights:
+            size = group.repeat * form.outside(weight)
+            if not group.layers and any(part and weight.name.startswith(f"{part}.") for part in after):
+                last += size
+            else:
+                first += size
+            if head is not None and head.tied and weight.component == "embed_in" and shape.embedding is not None:
+                if weight.name == f"{shape.embedding.name}.weight":
+                    tied = size
+    table = rotary_table_bytes(shape) if engine == "vllm" and not form.gguf else 0
+    if layers and table:
+        layers = [size + (table if index == 0 else 0) for index, size in enumerate(layers)]
+        assumptions += ("vllm keeps the cosines and sines of every position, counted with the weights",)
+    return ServingWeights(layers=tuple(layers), first=first, last=last, tied=tied, assumptions=assumptions)
+
+
+def rotary_table_bytes(shape: ModelShape) -> int:
+    """The cosine and sine tables that vLLM registers as buffers: positions x rotary width x 2 B for each kind of layer.
+
+    vLLM logs "Model loading took 14.9888 GiB" for Llama-3.1-8B: 14.9575 of weights + 131072 x 128 x 2 B.
+    """
+    widths = set()
+    for block in set(shape.blocks):
+        mixer = block.mixer
+        if isinstance(mixer, Attention) and mixer.rotary_dim:
+            widths.add((mixer.rotary_dim, mixer.window if shape.model_type.startswith("gemma") else None))
+        elif isinstance(mixer, LatentAttention):
+            widths.add((mixer.rope_dim, None))
+    return sum(width for width, _ in widths) * (shape.max_positions or 0) * 2
+
+
+def _as_published(shape: ModelShape, name: str, engine: str) -> tuple[str, tuple[str, ...]]:
+    """What `none` and `fp8` mean for this checkpoint, and the sentence that says so."""
+    published = shape.quantization
+    if name == "fp8" and published == "fp8":
+        return "fp8-block", ()
+    if name != "none":
+        if published is not None:
+            return name, (f"the checkpoint is published as {published}; {name} weights are made from it",)
+        return name, ()
+    match published:
+        case None:
+            if shape.dtype in ("float32", "float"):
+                if engine == "transformers":
+                    return "fp32", ("weights in fp32, as published: transformers 5 loads the checkpoint's own format",)
+                return "16bit", ("the checkpoint is published in fp32; the engine casts it to 16 bits",)
+            return "16bit", ()
+        case "fp8":
+            return "fp8-block", ("quantization none: the checkpoint as published, fp8 in blocks of 128 x 128",)
+        case "mxfp4":
+            return "mxfp4", ("quantization none: the checkpoint as published, experts in mxfp4",)
+        case "gptq" | "awq":
+            return f"{published}-4bit", (f"quantization none: the checkpoint as published, {published} in 4 bits",)
+        case _:
+            raise NotCovered(
+                f'{shape.name or "the model"} is published quantised by "{published}", which is not covered; '
+                "name a quantization, such as BF16, fp8 or awq-4bit."
+            )
+
+
+class _Forms:
+    """Bytes of single tensors of one model in one quantization on one rank."""
+
+    def __init__(self, shape: ModelShape, name: str, engine: str, tensor: int, expert: int) -> None:
+        self.shape, self.name, self.engine, self.tensor, self.expert = shape, name, engine, tensor, expert
+        self.gguf = name in GGUF_FILE_TYPES
+        self.wide: MatrixFormat = "fp32" if name == "fp32" else "bf16"
+        self.moe = any(isinstance(block.ffn, Moe) for block in shape.blocks)
+        self.recipe = _gguf_model(shape) if self.gguf else None
+        self.value_index = _value_indices(shape) if self.gguf else ()
+
+    def outside(self, weight: Weight) -> int:
+        """One tensor that is in no block of the main stack; the two vocabulary tables are divided by rows."""
+        sizes = weight.shape
+        if weight.component in ("embed_in", "lm_head") and len(sizes) == 2 and self.tensor > 1:
+            padded = -(-sizes[0] // VOCABULARY_PADDING) * VOCABULARY_PADDING
+            sizes = (-(-padded // self.tensor), sizes[1])
+        if self.gguf:
+            embedding = self.shape.embedding
+            if len(sizes) < 2 or (embedding is not None and weight.name == f"{embedding.position_name}.weight"):
+                return prod(sizes) * BITS["fp32"] // 8
+            role: GgufRole = {"embed_in": "embedding", "lm_head": "output"}.get(weight.component, "other")
+            if weight.component == "vision_or_audio":
+                return prod(sizes) * 2
+            return self._gguf(role, sizes, 0)
+        if self.name in ("nf4", "int8") and weight.kind == "linear" and weight.component == "vision_or_audio":
+            return self._matrix(sizes)  # bitsandbytes replaces every nn.Linear but the output projection
+        return prod(sizes) * BITS[self.wide] // 8
+
+    def blocks(self, group: WeightGroup) -> Iterator[tuple[int, int]]:
+        """(layer, bytes) for every block of a group of equal ones."""
+        block = self.shape.blocks[group.layers[0]]
+        if not self.gguf:
+            size = sum(self._in_block(weight, block) for weight in group.weights)
+            for layer in group.layers:
+                yield layer, size
+            return
+        held = [(weight, _rank_shape(weight, block, self.tensor, self.expert)) for weight in group.weights]
+        plain = sum(prod(sizes) * 4 for weight, sizes in held if not self._gguf_packs(weight))
+        packed = [
+            (role, part)
+            for weight, sizes in held
+            if self._gguf_packs(weight)
+            for role, part in _gguf_parts(weight, sizes, block, self.tensor)
+        ]
+        for layer in group.layers:
+            yield layer, plain + sum(self._gguf(role, part, layer) for role, part in packed)
+
+    def _in_block(self, weight: Weight, block: Block) -> int:
+        sizes = _rank_shape(weight, block, self.tensor, self.expert)
+        if weight.kind == "linear" and weight.component != "router" and weight.name.endswith("weight"):
+            if self.name == "mxfp4" and self.moe:
+                return prod(sizes) * 2  # OpenAI's gpt-oss: experts alone are in mxfp4
+            return self._matrix(sizes)
+        if weight.kind == "experts":
+            if self.name in ("nf4", "int8") and self.engine == "transformers":
+                return prod(sizes) * 2  # bitsandbytes replaces nn.Linear; stacked experts are plain parameters
+            return self._experts(sizes, block)
+        return prod(sizes) * BITS[self.wide] // 8
+
+    def _matrix(self, sizes: tuple[int, ...]) -> int:
+        out, inner = sizes[0], prod(sizes[1:])
+        if self.name in ("16bit", "fp32"):
+            return matrix_bytes(self.wide, out, inner)
+        form = "nf4-double" if self.name == "nf4" else self.name
+        if form == "gptq-4bit" and self.engine in _MERGING_ENGINES:
+            form = "awq-4bit"
+        return matrix_bytes(cast(MatrixFormat, form), out, inner)
+
+    def _experts(self, sizes: tuple[int, ...], block: Block) -> int:
+        moe = block.ffn
+        assert isinstance(moe, Moe), "stacked experts belong to a routed layer"
+        count, out, inner = _expert_matrix(sizes, moe)
+        return count * self._matrix((out, inner))
+
+    def _gguf_packs(self, weight: Weight) -> bool:
+        """Matrices are packed; routers, convolutions, norms, biases and small tables stay in fp32."""
+        return weight.kind in ("linear", "experts") and len(weight.shape) > 1 and weight.component != "router"
+
+    def _gguf(self, role: GgufRole, sizes: tuple[int, ...], layer: int) -> int:
+        assert self.recipe is not None, "only GGUF files have recipes"
+        *rows, inner = sizes
+        index = self.value_index[layer] if self.value_index else 0
+        wanted = block_format_of(self.name, role, layer, index, self.recipe)
+        return prod(rows) * row_bytes(block_format_fitting(wanted, inner), inner)
+
+
+def _gguf_model(shape: ModelShape) -> GgufModel:
+    attentions = [block.mixer for block in shape.blocks if isinstance(block.mixer, Attention)]
+    experts = [block.ffn.experts for block in shape.blocks if isinstance(block.ffn, Moe)]
+    grouping = max((mixer.heads // mixer.kv_heads for mixer in attentions), default=1)
+    return GgufModel(
+        layers=len(shape.blocks),
+        attention_layers=len(attentions),
+        queries_per_kv_head=grouping,
+        experts=max(experts, default=0),
+        tied=shape.head is None or shape.head.tied,
+        large=len(shape.blocks) == 80 and shape.model_type in ("llama", "qwen2"),
+        falcon=shape.model_type == "falcon",
+    )
+
+
+def _value_indices(shape: ModelShape) -> tuple[int, ...]:
+    """For each block, how many blocks with a value projection come before it."""
+    indices, count = [], 0
+    for block in shape.blocks:
+        indices.append(count)
+        count += isinstance(block.mixer, Attention)
+    return tuple(indices)
+
+
+def _gguf_parts(
+    weight: Weight, sizes: tuple[int, ...], block: Block, tensor: int
+) -> Iterator[tuple[GgufRole, tuple[int, ...]]]:
+    """The tensors of a GGUF file that one weight becomes: (role, (..., rows, columns))."""
+    module = weight.name.removesuffix(".weight")
+    mixer, ffn = block.mixer, block.ffn
+    if weight.kind == "experts":
+        assert isinstance(ffn, Moe), "stacked experts belong to a routed layer"
+        count, out, inner = _expert_matrix(sizes, ffn)
+        down = module.endswith(ffn.expert_names[-1])
+        yield ("ffn_down" if down else "ffn_up"), (count, out, inner)
+        return
+    if isinstance(mixer, Attention):
+        if module in mixer.names:
+            roles: tuple[GgufRole, ...] = ("attn_q", "attn_k", "attn_v") if len(mixer.names) == 3 else ("attn_qkv",) * 2
+            yield roles[mixer.names.index(module)], sizes
+            return
+        if module == mixer.out_name:
+            yield "attn_output", sizes
+            return
+    if isinstance(mixer, LatentAttention):
+        if module == "self_attn.kv_b_proj":  # llama.cpp keeps it as two absorbed matrices, keys transposed
+            heads = -(-mixer.heads // tensor)
+            yield "other", (heads, mixer.kv_rank, mixer.nope_dim)
+            yield "other", (heads, mixer.value_dim, mixer.kv_rank)
+            return
+        if module == "self_attn.o_proj":
+            yield "attn_output", sizes
+            return
+    if weight.component in ("mlp_dense", "experts_shared", "experts_routed"):
+        yield ("ffn_down" if _is_down(module, block) else "ffn_up"), sizes
+        return
+    yield "other", sizes
+
+
+def _is_down(module: str, block: Block) -> bool:
+    match block.ffn:
+        case Moe() as moe:
+            last = [moe.expert_names[-1]]
+            if moe.shared is not None:
+                last.append(moe.shared.names[-1])
+            return any(module.endswith(name) for name in last)
+        case None:
+            return False
+        case mlp:
+            return module == mlp.names[-1]
+
+
+def _expert_matrix(sizes: tuple[int, ...], moe: Moe) -> tuple[int, int, int]:
+    """(experts, rows, columns) of a stacked tensor, whatever its layout."""
+    if len(sizes) == 2:
+        rows, inner = sizes
+        return moe.experts, rows // moe.experts, inner
+    count, *matrix = sizes
+    out, inner = matrix if moe.layout != "in-out" else reversed(matrix)
+    return count, out, inner
+
+
+def _rank_shape(weight: Weight, block: Block, tensor: int, expert: int) -> tuple[int, ...]:
+    """The shape of the part of one block's weight that one tensor-parallel rank holds."""
+    sizes = weight.shape
+    if tensor == expert == 1 or weight.kind == "norm" and not _divided_norm(weight, block):
+        return sizes
+    module, _, leaf = weight.name.rpartition(".")
+    bias = weight.kind == "bias"
+    match weight.component:
+        case "router" | "norm":
+            return sizes
+        case "attention":
+            for mixer in (block.mixer, block.cross):
+                if isinstance(mixer, Attention) and (module in mixer.names or module == mixer.out_name):
+                    return _attention_shape(sizes, module, mixer, tensor, bias)
+            if isinstance(block.mixer, LatentAttention):
+                return _latent_shape(sizes, module, tensor)
+            return (-(-sizes[0] // tensor), *sizes[1:]) if weight.kind == "other" else sizes
+        case "ssm":
+            return _state_space_shape(sizes, module or leaf, block, tensor)
+        case "mlp_dense" | "experts_shared":
+            if len(sizes) == 2 and min(sizes) == 1:
+                return sizes  # the gate of shared experts
+            if not _is_down(module, block):
+                return (-(-sizes[0] // tensor), *sizes[1:])
+            return sizes if bias else (*sizes[:-1], -(-sizes[-1] // tensor))
+        case "experts_routed":
+            return _experts_shape(weight, sizes, block, tensor, expert)
+        case _:
+            return sizes
+
+
+def _divided_norm(weight: Weight, block: Block) -> bool:
+    return isinstance(block.mixer, Mamba2) and weight.name == f"{block.mixer.name}.norm.weight"
+
+
+def _attention_shape(sizes: tuple[int, ...], module: str, a: Attention, tensor: int, bias: bool) -> tuple[int, ...]:
+    value_dim = a.value_dim or a.head_dim
+    heads, kv_heads = -(-a.heads // tensor), max(1, -(-a.kv_heads // tensor))
+    if module == a.out_name:
+        return sizes if bias else (sizes[0], heads * value_dim)
+    q = heads * a.head_dim * (2 if a.gate else 1)
+    k, v = kv_heads * a.head_dim, kv_heads * value_dim
+    match len(a.names):
+        case 1:
+            rows = q + k + v
+        case 2:
+            rows = (q, k + v)[a.names.index(module)]
+        case _:
+            rows = (q, k, v)[a.names.index(module)]
+    return (rows, *sizes[1:])
+
+
+def _latent_shape(sizes: tuple[int, ...], module: str, tensor: int) -> tuple[int, ...]:
+    if module.endswith(("q_proj", "q_b_proj", "kv_b_proj")):
+        return (-(-sizes[0] // tensor), *sizes[1:])
+    if module.endswith("o_proj") and len(sizes) == 2:
+        return (sizes[0], -(-sizes[1] // tensor))
+    return sizes
+
+
+def _state_space_shape(sizes: tuple[int, ...], module: str, block: Block, tensor: int) -> tuple[int, ...]:
+    mixer = block.mixer
+    part = module.rpartition(".")[2]
+    if part == "out_proj" or (part == "x_proj" and isinstance(mixer, Mamba1)):
+        return (sizes[0], -(-sizes[1] // tensor)) if len(sizes) == 2 else sizes
+    if isinstance(mixer, Mamba2) and part in ("in_proj", "conv1d"):
+        whole = 2 * mixer.groups * mixer.state
+        shared = 2 * -(-mixer.groups // tensor) * mixer.state  # groups below the degree are replicated
+        return (-(-(sizes[0] - whole) // tensor) + shared, *sizes[1:])
+    if isinstance(mixer, (Mamba1, Mamba2, GatedDeltaNet)):
+        return (-(-sizes[0] // tensor), *sizes[1:])
+    return sizes
+
+
+def _experts_shape(
+    weight: Weight, sizes: tuple[int, ...], block: Block, tensor: int, expert: int
+) -> tuple[int, ...]:
+    """Whole experts over `expert` ranks; what is left of the tensor degree divides their width."""
+    moe = block.ffn
+    assert isinstance(moe, Moe), "routed experts belong to a routed layer"
+    width = max(1, tensor // expert) if expert > 1 else tensor
+    down = weight.name.removesuffix("_bias").endswith(moe.expert_names[-1]) or _is_down(
+        weight.name.rpartition(".")[0], block
+    )
+    if not moe.stacked:  # one of X equal linears: the share of a rank, in rows, is the same for each
+        share = tensor if expert == 1 else expert * width
+        axis = -1 if down and weight.kind != "bias" else 0
+        return tuple(-(-size // share) if index == axis % len(sizes) else size for index, size in enumerate(sizes))
+    if len(sizes) == 2 and weight.kind == "experts":  # (X F, H)
+        return (-(-moe.experts // expert) * -(-moe.width // width), sizes[1])
+    count = -(-sizes[0] // expert)
+    if weight.kind == "bias":
+        return (count, sizes[1]) if down else (count, -(-sizes[1] // width))
+    first, second = sizes[1:]
+    rows_first = (moe.layout == "out-in") != down
+    return (count, -(-first // width), second) if rows_first else (count, first, -(-second // width))
