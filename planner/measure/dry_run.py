@@ -29,8 +29,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from planner.errors import PlanError, nearest
+from planner.measure.cuda_autocast import CudaAutocast
 from planner.measure.cuda_semantics import KERNEL_SCRATCH, CudaSemantics
 from planner.measure.live_memory import ALLOCATION_GRANULARITY_BYTES, Allocation, LiveMemory, LiveTensor, Peak
+from planner.measure.sharded import Sharding, one_rank_of, shard
+from planner.measure.stepping import STEPPERS, stepper_for
 from planner.measure.transformers_edge import build_causal_lm, with_adapters, without_gpu_checks
 
 __all__ = ["DryRun", "Saved", "materialise", "replay", "replay_config", "replay_training_step"]
@@ -38,16 +41,6 @@ __all__ = ["DryRun", "Saved", "materialise", "replay", "replay_config", "replay_
 MOMENTS = ("forward_end", "forward_peak", "backward_peak", "optimizer_peak", "steady")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "adamw": ("AdamW", {}),
-    "adam": ("Adam", {}),
-    "sgd": ("SGD", {}),
-    "sgd-momentum": ("SGD", {"momentum": 0.9}),
-    "adafactor": ("Adafactor", {}),
-    "rmsprop": ("RMSprop", {}),
-    "adagrad": ("Adagrad", {}),
-}
 
 _ATTENTIONS = ("sdpa", "flash_attention_2", "eager")
 
@@ -144,6 +137,7 @@ def replay(
         stack.enter_context(mode)
         memory = stack.enter_context(LiveMemory(granularity=granularity, scratch=KERNEL_SCRATCH))
         stack.enter_context(CudaSemantics(kernel=kernel))
+        stack.enter_context(CudaAutocast())
         memory.name_modules(model)
         memory.adopt(model.parameters(), role="weights")
         memory.adopt(model.buffers(), role="weights")

@@ -13,7 +13,7 @@ from math import prod
 from planner.plan import ServingPlan, TrainingPlan
 from planner.quantization import GGUF_FILE_TYPES
 
-__all__ = ["METHOD_FIELDS", "contradiction_in", "data_degree"]
+__all__ = ["METHOD_FIELDS", "contradiction_in"]
 
 _ADAPTERS = frozenset({"lora", "qlora"})
 

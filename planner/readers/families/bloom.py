@@ -5,7 +5,7 @@ from __future__ import annotations
 from planner.errors import ModelConfigError
 from planner.model.shape import Attention, Block, Embedding, Head, Mlp, ModelShape, Norm
 from planner.readers.config_view import ConfigView
-from planner.readers.families.decoder import LAYER_NORM, assemble, read_trunk
+from planner.readers.families.decoder import LAYER_NORM, assemble, clamped, read_trunk
 
 __all__ = ["READERS"]
 
@@ -25,11 +25,12 @@ def _bloom(view: ConfigView) -> ModelShape:
     heads = view.int("n_head", 8, also=("num_attention_heads",))
     if trunk.hidden % heads:
         raise ModelConfigError(f"bloom config: hidden size {trunk.hidden} is not a multiple of {heads} heads.")
-    view.ignore("apply_residual_connection_post_layernorm", "slow_but_exact", "masked_softmax_fusion")
+    view.ignore("slow_but_exact", "masked_softmax_fusion")
     view.ignore(
         "attention_softmax_in_fp32", "bias_dropout_fusion", "offset_alibi", "skip_bias_add", "skip_bias_add_qkv"
     )
     view.ignore("unk_token_id", "n_inner", "num_attention_heads")
+    after = view.bool("apply_residual_connection_post_layernorm", False)
     attention = Attention(
         heads=heads,
         kv_heads=heads,
@@ -66,6 +67,7 @@ def _bloom(view: ConfigView) -> ModelShape:
         ),
         head=Head(rows=trunk.vocab, tied=trunk.tied, norm=LAYER_NORM, norm_name="transformer.ln_f"),
         prefix="transformer.h",
+        uncovered=("residuals taken after the norms",) if after else (),
     )
 
 
@@ -115,6 +117,7 @@ def _mpt(view: ConfigView) -> ModelShape:
         embedding=Embedding(rows=trunk.vocab, size=trunk.hidden, name="transformer.wte"),
         head=Head(rows=trunk.vocab, tied=trunk.tied, norm=norm, norm_name="transformer.norm_f"),
         prefix="transformer.blocks",
+        uncovered=clamped(inner),
     )
 
 

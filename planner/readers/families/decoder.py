@@ -20,6 +20,7 @@ __all__ = [
     "assemble",
     "blocks_by_kind",
     "check_heads",
+    "clamped",
     "gated_mlp",
     "grouped_attention",
     "head_size",
@@ -182,6 +183,13 @@ def quantization_method(view: ConfigView) -> str | None:
     details = view.sub("quantization_config")
     details.ignore(*details.keys())
     return details.str("quant_method", "unnamed")
+
+
+def clamped(view: ConfigView, key: str = "clip_qkv") -> tuple[str, ...]:
+    """A sentence when queries, keys and values are clamped, which keeps them once more for backward."""
+    if not view.has(key):
+        return ()
+    return (f"clamping of queries, keys and values at {view.float(key):g}",)
 
 
 def other_classes(view: ConfigView) -> tuple[str, ...]:

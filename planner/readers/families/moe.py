@@ -16,6 +16,7 @@ from planner.readers.families.decoder import (
     assemble,
     blocks_by_kind,
     check_heads,
+    clamped,
     gated_mlp,
     grouped_attention,
     read_trunk,
@@ -165,7 +166,6 @@ def _olmoe(view: ConfigView) -> ModelShape:
     """Norms over all query heads together and over all key heads together."""
     trunk = read_trunk(view, hidden=2048, layers=16, vocab=50_304, positions=4096, tied=False)
     bias = view.bool("attention_bias", False)
-    view.ignore("clip_qkv")
     attention = grouped_attention(
         view, trunk.hidden, heads=16, qkv_bias=bias, out_bias=bias, qk_norm=RMS_NORM, qk_norm_over="width"
     )
@@ -178,7 +178,7 @@ def _olmoe(view: ConfigView) -> ModelShape:
         normalises_weights=view.bool("norm_topk_prob", False),
     )
     block = Block(mixer=attention, ffn=check_routing(view, moe), norm=RMS_NORM)
-    return assemble(view, trunk, (block,) * trunk.layers, norm=RMS_NORM)
+    return assemble(view, trunk, (block,) * trunk.layers, norm=RMS_NORM, uncovered=clamped(view))
 
 
 def _minimax_m2(view: ConfigView) -> ModelShape:
@@ -260,6 +260,7 @@ def _dbrx(view: ConfigView) -> ModelShape:
         embedding=Embedding(rows=trunk.vocab, size=trunk.hidden, name="transformer.wte"),
         head=Head(rows=trunk.vocab, tied=trunk.tied, norm=norm, norm_name="transformer.norm_f"),
         prefix="transformer.blocks",
+        uncovered=clamped(inner),
     )
 
 

@@ -9,6 +9,7 @@ from planner.readers.families.decoder import (
     RMS_NORM,
     assemble,
     blocks_by_kind,
+    clamped,
     gated_mlp,
     grouped_attention,
     read_trunk,
@@ -22,11 +23,10 @@ __all__ = ["READERS"]
 def _olmo(view: ConfigView) -> ModelShape:
     trunk = read_trunk(view, vocab=50_304, positions=2048, tied=False)
     bias = view.bool("attention_bias", False)
-    view.ignore("clip_qkv")
     norm = Norm(kind="layernorm", affine=False)
     attention = grouped_attention(view, trunk.hidden, heads=32, qkv_bias=bias, out_bias=bias)
     block = Block(mixer=attention, ffn=gated_mlp(view, 11_008), norm=norm)
-    return assemble(view, trunk, (block,) * trunk.layers, norm=norm)
+    return assemble(view, trunk, (block,) * trunk.layers, norm=norm, uncovered=clamped(view))
 
 
 def _olmo2(view: ConfigView) -> ModelShape:

@@ -1,0 +1,114 @@
+"""One rank of a data-parallel group, on a process group that moves no data: DDP, FSDP1 and FSDP2 as PyTorch runs them.
+
+The engines' own Python decides when a weight is whole, when a buffer is freed and what a gradient passes through; the
+collectives only have the right shapes. The device is the CPU's fake one, on which the engines take the same path as
+on CUDA but for streams, and streams do not change when a tensor's last holder lets go: `memory_allocated` falls as
+soon as that happens, also for blocks that another stream still uses (c10/cuda/CUDACachingAllocator.cpp, `free`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from planner.errors import NotCovered, PlanError, nearest
+
+__all__ = ["Sharding", "one_rank_of", "shard"]
+
+ENGINES = ("ddp", "fsdp1", "fsdp2")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharding:
+    """How one rank of `ranks` holds the model.
+
+    param_dtype, reduce_dtype: of the mixed-precision policy; None leaves the parameters' own.
+    reshard_after_forward: whether a block's weights are freed after its forward pass.
+    blocks: the modules that are units of their own, beside the root; None asks the model (`_no_split_modules`).
+    """
+
+    engine: str
+    ranks: int
+    param_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+    reshard_after_forward: bool = True
+    blocks: Callable[[torch.nn.Module], Sequence[torch.nn.Module]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise PlanError(f'no sharding engine "{self.engine}" in the dry run; {nearest(self.engine, ENGINES)}')
+
+
+@contextmanager
+def one_rank_of(ranks: int) -> Iterator[None]:
+    """For its duration, this process is rank 0 of a default process group of `ranks` whose collectives do nothing."""
+    import torch.distributed._tools.fake_collectives  # noqa: F401 (registers the collectives for fake tensors)
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise PlanError("a sharded dry run needs a process without a process group of its own.")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(model: torch.nn.Module, sharding: Sharding) -> torch.nn.Module:
+    """`model` as this rank trains it. Called under the fake mode, inside `one_rank_of`."""
+    return {"ddp": _ddp, "fsdp1": _fsdp1, "fsdp2": _fsdp2}[sharding.engine](model, sharding)
+
+
+def _blocks(model: torch.nn.Module, sharding: Sharding) -> list[torch.nn.Module]:
+    if sharding.blocks is not None:
+        return list(sharding.blocks(model))
+    names: set[str] = set()
+    for module in model.modules():
+        names.update(getattr(module, "_no_split_modules", None) or ())
+    found = [module for module in model.modules() if type(module).__name__ in names]
+    if not found:
+        raise NotCovered("the model does not say which of its modules are blocks; pass `blocks`, a function of it.")
+    return found
+
+
+def _ddp(model: torch.nn.Module, sharding: Sharding) -> torch.nn.Module:
+    return torch.nn.parallel.DistributedDataParallel(model)
+
+
+def _fsdp2(model: torch.nn.Module, sharding: Sharding) -> torch.nn.Module:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    settings: dict[str, Any] = {
+        "mesh": dist.device_mesh.init_device_mesh("cpu", (sharding.ranks,)),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=sharding.param_dtype, reduce_dtype=sharding.reduce_dtype),
+    }
+    for block in _blocks(model, sharding):
+        fully_shard(block, reshard_after_forward=sharding.reshard_after_forward, **settings)
+    fully_shard(model, **settings)
+    return model
+
+
+def _fsdp1(model: torch.nn.Module, sharding: Sharding) -> torch.nn.Module:
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
+    from torch.distributed.fsdp.wrap import CustomPolicy
+
+    units = {id(block) for block in _blocks(model, sharding)}
+    policy = None
+    if sharding.param_dtype is not None or sharding.reduce_dtype is not None:
+        policy = MixedPrecision(param_dtype=sharding.param_dtype, reduce_dtype=sharding.reduce_dtype)
+    return FullyShardedDataParallel(
+        model,
+        sharding_strategy=(
+            ShardingStrategy.FULL_SHARD if sharding.reshard_after_forward else ShardingStrategy.SHARD_GRAD_OP
+        ),
+        auto_wrap_policy=CustomPolicy(lambda module: id(module) in units),
+        mixed_precision=policy,
+        device_id=torch.device("cpu"),
+        use_orig_params=True,
+        limit_all_gathers=True,
+    )
