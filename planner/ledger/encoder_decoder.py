@@ -15,7 +15,6 @@ Letters: B batch, S sequence, H hidden, A heads, D head size, F feed-forward wid
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from planner.errors import NotCovered
@@ -45,10 +44,10 @@ def encoder_of(shape: ModelShape) -> Tower | None:
     return next((tower for tower in shape.towers if tower.role == "encoder"), None)
 
 
-def run_encoder_decoder(t: Operations, shape: ModelShape, encoder: Tower) -> tuple[list[int], int, Tensor]:
-    """Record the forward pass after `input_ids`: the segments of embedding, blocks and head in order, and the loss.
+def run_encoder_decoder(t: Operations, shape: ModelShape, encoder: Tower, live: list[Tensor]) -> tuple[list[int], int]:
+    """Record the forward pass after `input_ids` and append the loss to `live`; returns the segments in order.
 
-    The first segment is 0 (the encoder's embedding) and is not in the list; the second result is the head's.
+    The first segment, 0 (the encoder's embedding), is not in the list; the second result is the head's.
     Raises NotCovered for families and attention functions that are not described.
     """
     if shape.model_type not in _FAMILIES or t.attention != "sdpa":
@@ -78,9 +77,9 @@ def run_encoder_decoder(t: Operations, shape: ModelShape, encoder: Tower) -> tup
         x = t.scale(x)
     logits = project(t, shape.head, x)
     del x, context
-    loss = _cross_entropy(t, logits)
+    live.append(_cross_entropy(t, logits))
     del ids
-    return [*order, middle, *layers], head, loss
+    return [*order, middle, *layers], head
 
 
 def _begin(t: Operations, segment: int) -> None:
@@ -174,17 +173,16 @@ def _projections(t: Operations, spec: Attention, x: Tensor, source: Tensor) -> t
 def _position_bias(t: Operations, spec: Attention) -> Tensor:
     """Values of a small table for the bucket of each pair of positions: the int64 buckets, (S, S), are kept.
 
-    While they are worked out, five further matrices of that kind pass by.
+    Beside them pass, at most: the relative position, which lives longest, one bool matrix, and three int64 matrices
+    (four where both directions count).
     """
     t.module = spec.names[0].rpartition(".")[0]
     name = f"{t.module}.relative_attention_bias"
     table = t.weight(f"{name}.weight", (t.dim("buckets", spec.relative_buckets), t.dim("A", spec.heads)))
     square = ("S", "S")
     relative = t.constant("relative position", square, "int64")
-    passing: list[Callable[[], Tensor]] = [lambda: t.constant("bucket", square, "int64")] * 3
-    held = [make() for make in passing]
-    del held
-    buckets = t.constant("buckets", square, "int64")
+    passing = [(square, "int64")] * (3 if spec.causal else 4) + [(square, "bool")]
+    (buckets,) = t.apply("buckets", [], [(square, "int64")], scratch=passing)
     (bias,) = t.apply("embedding", [table], [(("1", t.dim("A", spec.heads), *square), table.dtype)], saves=[buckets])
     del relative
     return bias

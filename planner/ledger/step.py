@@ -18,6 +18,7 @@ from planner.ledger.adapters import adapter_for
 from planner.ledger.attention import rotary_tables, shared_masks
 from planner.ledger.block import run_block
 from planner.ledger.embedding import embed
+from planner.ledger.encoder_decoder import encoder_of, run_encoder_decoder
 from planner.ledger.gathering import Gathering, ShardedOperations, Unit
 from planner.ledger.loss_head import loss_of
 from planner.ledger.norm import normalise
@@ -105,6 +106,14 @@ def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
     ids = t.constant("input_ids", ("B", "S"), "int64")
     if shape.embedding is not None:
         t.embedding_name = f"{shape.embedding.name}.weight"
+    encoder = encoder_of(shape)
+    if encoder is not None:
+        if setting.gathering is not None or _recomputes(setting.recompute):
+            raise NotCovered("encoder-decoder models are in the ledger without recomputation and without sharding.")
+        live = [ids]
+        del ids
+        layers, head = run_encoder_decoder(t, shape, encoder, live)
+        return _close(t, layers, head, live)
     x = embed(t, shape.embedding) if shape.embedding is not None else t.constant("input", ("B", "S", "H"), "fp32")
     if setting.method.name in ("lora", "qlora", "ia3", "adapter") and setting.recompute.mode != "none":
         x.requires_grad = True  # peft's enable_input_require_grads, without which a checkpointed block has no gradient
@@ -125,19 +134,25 @@ def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
         t.masks.clear()  # recomputed blocks keep the masks that they were called with
     loss = loss_of(t, shape.head, x, setting.loss)
     del x
+    live = [ids, loss]
+    del ids, loss
+    return _close(t, layers, head, live)
+
+
+def _close(t: ShardedOperations, layers: Sequence[int], head: int, live: list[Tensor]) -> StepRecord:
+    """Run backward from the loss, the last of `live`, and let everything go."""
     for segment in range(head + 1):
         t.begin("release", segment)
         for name in [name for name, cast in t.casts.items() if t.rows[cast.storage.index - 1].segment == segment]:
             del t.casts[name]
     stashed = dict(t.stashed)
     t.begin("backward", head)
-    t.backward(loss)
+    t.backward(live[-1])
     t.begin("end", 0)
-    del loss
     t.held.clear()
     t.rotary = ()
     t.masks.clear()
-    del ids
+    live.clear()
     return _cut(t, tuple(layers), head, stashed)
 
 
