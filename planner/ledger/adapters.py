@@ -41,6 +41,8 @@ def _lora(t: Operations, method: Method, name: str, x: Tensor, out: str, result:
     peft/tuners/lora/layer.py, Linear.forward. With fp32 adapters beside a 16-bit weight: x is copied to fp32 and kept
     for A's gradient, and four fp32 tensors as wide as the output pass by before the sum is cast back.
     """
+    if t.quantized(name) and t.profile.name != "litgpt":
+        return _lora_4bit(t, method, name, x, out, result)
     dtype = result.dtype
     down, up = f"{name}.lora_A", f"{name}.lora_B"
     rank = t.dim("r", method.rank)
@@ -53,3 +55,23 @@ def _lora(t: Operations, method: Method, name: str, x: Tensor, out: str, result:
         t.scale(t.product(t.product(x, first, (*x.dims[:-1], rank)), second, (*x.dims[:-1], out)), "scaling"),
     )
     return t.to(result, dtype)
+
+
+def _lora_4bit(t: Operations, method: Method, name: str, x: Tensor, out: str, result: Tensor) -> Tensor:
+    """result.clone() + scaling * B(A(dropout(x))): peft/tuners/lora/bnb.py, Linear4bit.forward.
+
+    Outside autocast x is turned to the adapters' format and the product back; inside it, neither is.
+    """
+    result = t.copy(result, operator="clone")
+    down, up = f"{name}.lora_A", f"{name}.lora_B"
+    rank = t.dim("r", method.rank)
+    first = t.weight(f"{down}.weight", (rank, x.dims[-1]), dtype=method.adapter_dtype, trainable=True)
+    second = t.weight(f"{up}.weight", (out, rank), dtype=method.adapter_dtype, trainable=True)
+    if t.compute is None:
+        x = t.to(x, method.adapter_dtype)
+    x = t.dropout(x, method.dropout)
+    output = t.product(t.product(x, first, (*x.dims[:-1], rank)), second, (*x.dims[:-1], out))
+    output = t.scale(output, "scaling")
+    if t.compute is None:
+        output = t.to(output, result.dtype)
+    return t.add(result, output)

@@ -24,7 +24,20 @@ from planner.ledger.operations import Operations
 from planner.ledger.tape import Tensor
 from planner.model.shape import Attention, ModelShape
 
-__all__ = ["attend", "core", "merged_width", "reaches", "rotary_tables", "rotate", "shared_masks"]
+__all__ = [
+    "attend",
+    "attend_fused",
+    "core",
+    "dense_copy",
+    "eager_mask",
+    "merged_width",
+    "reaches",
+    "rotary_tables",
+    "rotate",
+    "rotate_both",
+    "shared_masks",
+    "turn",
+]
 
 FLASH_MAX_HEAD_SIZE = 256
 
@@ -38,7 +51,7 @@ def attend(
     """
     query, key, value, gate = _projections(t, spec, x, context)
     if spec.rotary_dim:
-        query, key = _rotate_both(t, spec, query, key)
+        query, key = rotate_both(t, spec, query, key)
     result, weights = _core(t, spec, query, key, value)
     if gate is not None:
         result = t.mul(result, t.map("sigmoid", gate, saves="output"))
@@ -107,6 +120,8 @@ def _normalise_each(t: Operations, spec: Attention, name: str, x: Tensor) -> Ten
 def rotary_tables(t: Operations, sequence: str, size: int, dtype: str) -> None:
     """cos and sin of every position, (1, S, R) in the activations' format (some: fp32), shared by all blocks."""
     dims = ("1", sequence, t.dim("R", size))
+    if t.family == "gptj":
+        return  # each layer gathers its own
     if t.family in _FP32_TABLES:
         dtype = "fp32"
     for _ in range(2 if t.family in _TWO_TABLES else 1):
@@ -117,7 +132,7 @@ def rotary_tables(t: Operations, sequence: str, size: int, dtype: str) -> None:
             t.hold(*t.rotary)
 
 
-def _rotate_both(t: Operations, spec: Attention, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+def rotate_both(t: Operations, spec: Attention, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     """Both rotated; what they were before lives until both are done, as the arguments of a function do."""
     t.module = "rotary"
     dtype = query.dtype
@@ -139,10 +154,10 @@ def rotate(t: Operations, spec: Attention, x: Tensor) -> Tensor:
     if t.profile.fused_rope:
         return t.apply("rotary", [x], [(x.dims, x.dtype)], view=True)[0]  # written over x, and its gradient over dy
     if not _concatenates(t, spec):
-        return _turn(t, spec, x)
+        return turn(t, spec, x)
     rest = t.dim("D-R", spec.head_dim - spec.rotary_dim)
     turned, passed = t.slices(x, [(*x.dims[:-1], t.dim("R", spec.rotary_dim)), (*x.dims[:-1], rest)])
-    return t.cat([_turn(t, spec, turned), passed], x.dims)
+    return t.cat([turn(t, spec, turned), passed], x.dims)
 
 
 def _concatenates(t: Operations, spec: Attention) -> bool:
@@ -150,7 +165,7 @@ def _concatenates(t: Operations, spec: Attention) -> bool:
     return 0 < spec.rotary_dim < spec.head_dim or bool(spec.rotary_dim) and t.family in _ALWAYS_CONCATENATES
 
 
-def _turn(t: Operations, spec: Attention, x: Tensor) -> Tensor:
+def turn(t: Operations, spec: Attention, x: Tensor) -> Tensor:
     cos, sin = t.rotary
     return t.add(t.mul(x, cos, x.dims), t.mul(_rotate_half(t, spec, x), sin, x.dims))
 
@@ -184,13 +199,19 @@ def shared_masks(t: Operations, shape: ModelShape, dtype: str) -> None:
     do, else a boolean one, (1, 1, S, S). flash: none.
     """
     t.module = "mask"
-    for block in shape.blocks:
+    for block in dict.fromkeys(shape.blocks):
         if isinstance(block.mixer, Attention):
-            _mask(t, block.mixer, "S", "S", dtype)
+            if t.family != "mpt":
+                _mask(t, block.mixer, "S", "S", dtype)
+            else:
+                t.shared("alibi", (t.dim("A", block.mixer.heads), "1", t.dim("positions", t.positions)), "fp32")
+                t.shared("boolean mask", ("B", "1", "S", "S"), "bool")
 
 
 def _mask(t: Operations, spec: Attention, queries: str, keys: str, dtype: str) -> Tensor | None:
     window = spec.window if reaches(t, keys, spec.window) else None
+    if t.family == "falcon":
+        return _falcon_mask(t, spec, keys, dtype)
     if t.attention == "flash" or spec.cross or (not spec.causal and window is None):
         return None
     if t.attention != "eager" and window is None:
@@ -205,6 +226,22 @@ def _mask(t: Operations, spec: Attention, queries: str, keys: str, dtype: str) -
             made = t.apply("mask", [], [(square, "bool")], scratch=[(square, "bool")] * 2)
         known = t.masks[name] = made[0]
     return known
+
+
+def _falcon_mask(t: Operations, spec: Attention, keys: str, dtype: str) -> Tensor | None:
+    """Falcon makes its mask whatever the kernel, boolean, or with position biases (B, A, S, S) in it."""
+    if t.attention == "flash":
+        return None
+    if spec.position_bias == "alibi":
+        return t.shared("alibi mask", ("B", t.dim("A", spec.heads), keys, keys), dtype)
+    return t.shared("causal mask", ("1", "1", keys, keys), "bool")
+
+
+def eager_mask(t: Operations, spec: Attention, sequence: str, dtype: str) -> Tensor:
+    """The additive mask of eager attention, (B, 1, S, S)."""
+    mask = _mask(t, spec, sequence, sequence, dtype)
+    assert mask is not None
+    return mask
 
 
 # ---- the core -------------------------------------------------------------------------------------------------
@@ -223,9 +260,20 @@ def core(t: Operations, spec: Attention, query: Tensor, key: Tensor, value: Tens
 def _core(t: Operations, spec: Attention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
     t.module = "attention"
     mask = _mask(t, spec, query.dims[2], key.dims[2], query.dtype)
-    if t.attention == "eager" or spec.softcap and t.attention == "sdpa":
+    if t.attention == "eager":
         return _eager(t, spec, query, key, value, mask)
     return _fused(t, spec, query, key, value, mask), None
+
+
+def attend_fused(t: Operations, spec: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What scaled_dot_product_attention or the flash_attn package makes of q, k and v, (B, S, A*E)."""
+    t.module = "attention"
+    return _fused(t, spec, query, key, value, _mask(t, spec, query.dims[2], key.dims[2], query.dtype))
+
+
+def dense_copy(t: Operations, x: Tensor) -> Tensor:
+    """x laid out with heads before positions, as a batched product wants it."""
+    return t.copy(x, operator="dense")
 
 
 def _fused(t: Operations, spec: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -235,7 +283,8 @@ def _fused(t: Operations, spec: Attention, query: Tensor, key: Tensor, value: Te
         query, key, value = (t.to(tensor, t.compute) for tensor in (query, key, value))
     grouped = spec.kv_heads != spec.heads
     equal = (spec.value_dim or spec.head_dim) == spec.head_dim <= FLASH_MAX_HEAD_SIZE
-    if grouped and t.attention == "sdpa" and not (t.profile.grouped_attention and mask is None and equal):
+    repeats = t.attention == "sdpa" and not (t.profile.grouped_attention and mask is None and equal)
+    if grouped and t.family != "falcon" and (repeats or t.family in t.profile.repeats_for_flash):
         key, value = _repeated(t, key, heads), _repeated(t, value, heads)
         grouped = False
     if t.attention != "sdpa" or mask is None and equal and query.dtype != "fp32":
@@ -243,7 +292,7 @@ def _fused(t: Operations, spec: Attention, query: Tensor, key: Tensor, value: Te
     elif not grouped:
         result = _memory_efficient(t, spec, query, key, value, mask)
     else:
-        return t.view(_math(t, spec, query, key, value), (batch, sequence, merged_width(t, spec)))
+        return t.view(_math(t, spec, query, key, value, mask), (batch, sequence, merged_width(t, spec)))
     return result
 
 
@@ -294,7 +343,9 @@ def _memory_efficient(
     wide = (batch, sequence, merged_width(t, spec))
     rows32 = t.dim(f"{sequence}32", (t.sizes[sequence] + 31) // 32 * 32)
     saves: list[Tensor | None] = [query, key, value]
-    if mask is not None:
+    if mask is not None and mask.dtype != "bool":
+        saves.append(mask)
+    elif mask is not None:
         columns = t.dim(f"{mask.dims[3]}8", (t.sizes[mask.dims[3]] + 7) // 8 * 8)
         additive = ((batch, "1", sequence, columns), query.dtype)
         saves.append(t.apply("additive mask", [], [additive])[0])
@@ -327,23 +378,34 @@ def _memory_efficient(
     return result
 
 
-def _math(t: Operations, spec: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _math(
+    t: Operations, spec: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> Tensor:
     """The composite form (attention.cpp, _scaled_dot_product_attention_math), for what no fused kernel takes.
 
-    Both q and k are scaled, by the root of the factor; key/value heads are repeated; the softmax keeps its output.
+    All in fp32; both q and k are scaled, by the root of the factor; key/value heads are repeated; the softmax keeps
+    its output.
     """
     heads, sequence, keys = query.dims[1], query.dims[2], key.dims[2]
+    dtype = query.dtype
+    query, key, value = t.to(query, "fp32"), t.to(key, "fp32"), t.to(value, "fp32")
     scaled = t.scale(query)
-    square = (sequence, keys)
-    mask = t.apply("mask", [], [(square, query.dtype)], scratch=[(square, "bool")] * 2)[0] if spec.causal else None
-    if spec.kv_heads != spec.heads:
+    square = (sequence, keys) if mask is None else ("B", "1", sequence, keys)
+    if mask is not None and mask.dtype == "bool":
+        mask = t.apply("additive mask", [], [(square, "fp32")])[0]
+    elif mask is None and spec.causal:
+        mask = t.apply("mask", [], [(square, "fp32")], scratch=[(square, "bool")] * 2)[0]
+    broadcasts = spec.kv_heads != spec.heads and t.family == "falcon"  # one head, expanded by the products themselves
+    if spec.kv_heads != spec.heads and not broadcasts:
         key, value = _repeated(t, key, heads), _repeated(t, value, heads)
-    scores = _scores(t, _dense(t, spec, scaled), t.scale(key))
+    key_ = t.scale(key)
+    scores = _scores(t, _dense(t, spec, scaled), _repeated(t, key_, heads) if broadcasts else key_)
     if mask is not None:
         scores = t.apply("add_", [scores], [(scores.dims, scores.dtype)], alias=True, in_place=True)[0]
     scores = t.map("safe_softmax", scores, saves="output")
     scores_ = t.dropout(scores, spec.dropout)
-    result = t.matmul(scores_, value, (*query.dims[:3], value.dims[3]))
+    dims = (*query.dims[:3], value.dims[3])
+    result = t.to(t.matmul(scores_, _repeated(t, value, heads) if broadcasts else value, dims), dtype)
     return t.copy(result)
 
 

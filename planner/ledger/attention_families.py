@@ -8,6 +8,7 @@ eager one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from planner.errors import NotCovered
 from planner.ledger.attention import attend_fused, dense_copy, eager_mask, merged_width, rotate_both, turn
@@ -15,9 +16,19 @@ from planner.ledger.operations import Operations
 from planner.ledger.tape import Tensor
 from planner.model.shape import Attention
 
-__all__ = ["EAGER_ONLY", "OWN_ATTENTION"]
+__all__ = ["OWN_ATTENTION", "attention_of"]
 
-EAGER_ONLY = frozenset({"gptj", "gpt_neo", "bloom", "mpt"})
+_WITHOUT_SDPA = frozenset({"gptj", "gpt_neo", "bloom", "mpt", "gemma2"})  # _supports_sdpa is unset or False
+
+
+def attention_of(family: str, attention: str) -> str:
+    """What the library runs when a plan asks for `attention`: eager, for families that have no `sdpa` form."""
+    if family not in _WITHOUT_SDPA or attention == "eager":
+        return attention
+    if attention != "sdpa" and family != "gemma2":
+        raise NotCovered(f"{attention} attention of {family} is not in the ledger; eager is.")
+    return "eager" if attention == "sdpa" else attention
+
 
 Program = Callable[[Operations, Attention, Tensor, str], tuple[Tensor, Tensor | None]]
 
@@ -155,6 +166,7 @@ def _falcon(t: Operations, spec: Attention, x: Tensor, hidden: str) -> tuple[Ten
         key, value = (t.apply("index", [packed], [(few, x.dtype)])[0] for _ in range(2))
         if spec.kv_heads > 1:
             query, key, value = (t.copy(part, dims, "flatten") for part in (query, key, value))
+            spec = replace(spec, kv_heads=spec.heads)
     if spec.rotary_dim:
         query, key = rotate_both(t, spec, query, key)
     result = attend_fused(t, spec, query, key, value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from planner.errors import NotCovered
 from planner.ledger.attention import attend
+from planner.ledger.attention_families import OWN_ATTENTION
 from planner.ledger.latent_attention import attend_latent
 from planner.ledger.mlp import feed_forward
 from planner.ledger.moe import mixture_of_experts
@@ -22,6 +23,8 @@ def run_block(t: Operations, block: Block, x: Tensor) -> Tensor:
 
 def mix(t: Operations, mixer: Mixer | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """The token mixer's branch, and what else the module returns, which a local variable of the block keeps."""
+    if isinstance(mixer, Attention) and t.family in OWN_ATTENTION:
+        return OWN_ATTENTION[t.family](t, mixer, x, x.dims[-1])
     if isinstance(mixer, Attention):
         return attend(t, mixer, x, x.dims[-1])
     if isinstance(mixer, LatentAttention):

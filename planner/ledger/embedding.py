@@ -20,6 +20,9 @@ def embed(t: Operations, spec: Embedding, batch: str = "B", sequence: str = "S")
     table = t.weight(f"{spec.name}.weight", (rows, size))
     (x,) = t.apply("embedding", [table], [((batch, sequence, size), table.dtype)])
     t.model_locals.append(x.storage)  # the model's `inputs_embeds`
+    if t.inputs_require_grad:
+        x.requires_grad = True
+        t.hold(x)  # a leaf: the graph refers to it to the end
     if spec.scaled:
         x = t.scale(x)
     if spec.types:

@@ -72,7 +72,10 @@ def loss_of(t: Operations, head: Head, x: Tensor, variant: str = "default") -> T
     if variant == "chunked":
         return _torchtune_chunks(t, head, x, cross_entropy)
     fused = variant == "fused" or t.profile.fused_loss
-    return _LOSSES[t.profile.loss_for(t.family)](t, head, x, fused_cross_entropy if fused else cross_entropy)
+    name = t.profile.loss_for(t.family)
+    if t.method.name == "full" and t.profile.full_loss is not None:
+        name = t.profile.full_loss
+    return _LOSSES[name](t, head, x, fused_cross_entropy if fused else cross_entropy)
 
 
 def _labels(t: Operations) -> Tensor:

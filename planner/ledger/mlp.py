@@ -83,6 +83,15 @@ def _gelu_new(t: Operations, x: Tensor) -> Tensor:
     return t.mul(half, t.scale(bounded, "add scalar"))
 
 
+def _bloom_gelu(t: Operations, x: Tensor) -> Tensor:
+    """x * 0.5 * (1 + tanh(0.79788456 * x * (1 + 0.044715 * x * x))) in an autograd function that keeps x alone.
+
+    Both ways are one long Python expression: 4 tensors as wide as x live at once forward, and 5 backward.
+    """
+    wide = (x.dims, x.dtype)
+    return t.apply("bloom_gelu", [x], [wide], saves=[x], scratch=[wide] * 3, backward_scratch=[wide] * 4)[0]
+
+
 def _quick_gelu(t: Operations, x: Tensor) -> Tensor:
     """x * sigmoid(1.702 * x): saves x and the sigmoid (once: the product and sigmoid keep the same tensor)."""
     return t.mul(x, t.map("sigmoid", t.scale(x), saves="output"))
@@ -95,4 +104,4 @@ def _relu_squared(t: Operations, x: Tensor) -> Tensor:
 
 _SAVES_INPUT = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_tanh", "mish")
 _SAVES_OUTPUT = ("relu", "tanh", "sigmoid")
-_WRITTEN_OUT = {"gelu_new": _gelu_new, "quick_gelu": _quick_gelu, "relu2": _relu_squared}
+_WRITTEN_OUT = {"gelu_new": _gelu_new, "bloom_gelu": _bloom_gelu, "quick_gelu": _quick_gelu, "relu2": _relu_squared}

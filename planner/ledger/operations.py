@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from planner.formats import promote
 from planner.ledger.profile import Profile, profile_named
+from planner.plan import Method
 from planner.ledger.tape import Dims, Parameter, Storage, Tape, Tensor, trains
 
 __all__ = ["Operations"]
@@ -20,6 +21,11 @@ __all__ = ["Operations"]
 # pow(x, n): n * x ** (n - 1) before it meets the gradient (FunctionsManual.cpp, pow_backward).
 # softmax: grad * output (SoftMax.cu, softmax_backward_cuda_out).
 _BACKWARD_SCRATCH = {"pow": 2, "softmax": 1, "safe_softmax": 1}
+
+# What CUDA's autocast runs in fp32 (aten/src/ATen/autocast_mode.h, AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE).
+_AUTOCAST_FP32 = frozenset({"pow", "exp", "log", "rsqrt", "reciprocal", "softplus", "softmax", "log_softmax"})
+
+_ADDS_BIAS = frozenset({"falcon"})  # linears that add their bias to the product in a step of its own
 
 
 @dataclass(slots=True)
@@ -37,8 +43,13 @@ class Operations(Tape):
     compute: str | None = None
     quantized: Callable[[str], bool] = lambda _: False
     adapter: Callable[[Operations, str, Tensor, str, Tensor], Tensor] | None = None
+    method: Method = field(default_factory=Method)
+    targeted: Callable[[str], bool] = lambda _: False  # whether a linear carries an adapter
     prefix: str = ""
-    unpacked: str = "bf16"  # what 4-bit weights are unpacked to outside autocast
+    unpacked: str = "bf16"  # what 4-bit weights are multiplied in outside autocast
+    packed_from: str = "bf16"  # the format that 4-bit weights were packed from, and are unpacked to first
+    double_quantization: bool = False
+    inputs_require_grad: bool = False  # peft's enable_input_require_grads: the embedding's output is made to need one
     held: list[Storage] = field(default_factory=list)
     model_locals: list[Storage] = field(
         default_factory=list
@@ -46,6 +57,7 @@ class Operations(Tape):
     profile: Profile = field(default_factory=lambda: profile_named("transformers"))
     attention: str = "sdpa"
     recomputes: bool = False  # blocks are recomputed, with the tables and masks that they were called with
+    positions: int = 0  # the longest sequence that the model is made for
     family: str = ""  # the model_type, for what its reference modules do their own way
     embedding_name: str = "model.embed_tokens.weight"  # the table that a tied head shares
     rotary: tuple[Tensor, ...] = ()
@@ -83,6 +95,13 @@ class Operations(Tape):
 
     # ---- matrix products --------------------------------------------------------------------------------------
 
+    def base_linear(self, name: str, x: Tensor, out: str, *, bias: bool = False) -> Tensor:
+        """A linear without what an adapter adds to it."""
+        adapter, self.adapter = self.adapter, None
+        result = self.linear(name, x, out, bias=bias)
+        self.adapter = adapter
+        return result
+
     def linear(self, name: str, x: Tensor, out: str, *, bias: bool = False) -> Tensor:
         """x @ W.T + b. Saves x if W trains; saves W (no memory unless it is a copy) if x needs a gradient."""
         self.module = name
@@ -91,7 +110,12 @@ class Operations(Tape):
         if self.quantized(name):
             result = self._linear_4bit(weight, offset, x, out)
         else:
-            result = self.product(x, weight, (*x.dims[:-1], out), offset)
+            dims = (*x.dims[:-1], out)
+            separate = self.family in _ADDS_BIAS
+            result = self.product(x, weight, dims, None if separate else offset)
+            if offset is not None and separate:
+                whole = (dims, result.dtype)
+                result = self.apply("add", [result, offset], [whole], alias=True, raw_gradients=[None, whole])[0]
         return result if self.adapter is None else self.adapter(self, name, x, out, result)
 
     def product(self, x: Tensor, weight: Parameter, dims: Dims, bias: Parameter | None = None) -> Tensor:
@@ -123,16 +147,27 @@ class Operations(Tape):
         )[0]
 
     def _linear_4bit(self, weight: Parameter, bias: Parameter | None, x: Tensor, out: str) -> Tensor:
-        """bitsandbytes MatMul4Bit: unpacks the weight for the product and again for its gradient; saves nothing."""
+        """bitsandbytes autograd/_functions.py MatMul4Bit: unpacks the weight for the product and again for its
+        gradient; saves nothing. Unpacking takes the block scales in fp32, where they are quantised themselves, and
+        makes the format that the weight was packed from, which is then cast."""
         compute = self.compute or self.unpacked
         inner = self.to(x, compute)
         copy = ((out, x.dims[-1]), compute)
+        made = ((out, x.dims[-1]), self.packed_from)
+        scales = self.dim("blocks", -(-self.sizes[out] * self.sizes[x.dims[-1]] // 64))
+        first: list[tuple[Dims, str]] = [made] if made == copy else [made, copy]
+        if self.double_quantization and made == copy:
+            first.append(((scales,), "fp32"))
+        self.module = weight.name.rpartition(":")[2].rpartition(".")[0]
+        unpacking = [self.allocate("unpack", dims, dtype) for dims, dtype in first]
+        unpacking.clear()
         inputs: list[Tensor | Parameter] = [inner] if bias is None else [inner, bias]
         (result,) = self.apply(
             "linear 4-bit",
             inputs,
             [((*x.dims[:-1], out), compute)],
             scratch=[copy],
+            backward_first=first,
             backward_scratch=[copy],
         )
         return self.to(result, x.dtype)
@@ -194,6 +229,8 @@ class Operations(Tape):
 
         input: silu, gelu, pow, abs, softplus, log_sigmoid. output: tanh, sigmoid, exp, relu, sqrt, rsqrt, softmax.
         """
+        if self.compute is not None and operator in _AUTOCAST_FP32:
+            x = self.to(x, "fp32")
         size = (x.dims, dtype or x.dtype)
         return self.apply(
             operator,
@@ -239,6 +276,13 @@ class Operations(Tape):
     def hold(self, *tensors: Tensor) -> None:
         """Keep tensors that every block uses (rotary tables, masks) until the step ends."""
         self.held.extend(tensor.storage for tensor in tensors)
+
+    def shared(self, name: str, dims: Dims, dtype: str) -> Tensor:
+        """A tensor that the model makes once and hands to every block, made on first use."""
+        known = self.masks.get((name, ""))
+        if known is None:
+            known = self.masks[name, ""] = self.constant(name, dims, dtype)
+        return known
 
     def mask(self, queries: str, keys: str, dtype: str) -> Tensor:
         """The additive attention mask, one row of (S, S) for each example, made once and shared."""

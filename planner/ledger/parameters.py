@@ -85,8 +85,9 @@ def _tensors(shape: ModelShape, method: Method, precision: Precision) -> Iterato
 
 
 def _base(weight: Weight, repeat: int, in_block: bool, method: Method, precision: Precision) -> StateTensor:
-    packed = method.name == "qlora" and in_block and weight.kind == "linear"
-    upcast = method.name == "qlora" and method.upcast and not packed
+    head = method.quantizes_head and weight.component == "lm_head"
+    packed = method.name == "qlora" and weight.kind == "linear" and (in_block or head)
+    upcast = method.name == "qlora" and not packed and (method.upcast is True or method.upcast == "norms" and _is_norm(weight))
     return StateTensor(
         name=weight.name,
         shape=weight.shape,
@@ -97,6 +98,10 @@ def _base(weight: Weight, repeat: int, in_block: bool, method: Method, precision
         unit="block" if in_block else "root",
         packed=packed,
     )
+
+
+def _is_norm(weight: Weight) -> bool:
+    return "norm" in weight.name or ".ln_" in weight.name
 
 
 def _adapters(weight: Weight, base: StateTensor, method: Method) -> Iterator[StateTensor]:

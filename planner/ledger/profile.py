@@ -21,12 +21,16 @@ class Profile:
     in_place_gradients: fused kernels write gradients into memory that they are handed: a norm into the gradient of
     its output, a gated activation into its inputs.
     grouped_attention: the fused attention kernel reads K key/value heads; otherwise they are first repeated to A.
+    repeats_for_flash: families that repeat them for every fused kernel.
     loss: how logits turn into a loss (see `planner.ledger.loss_head`); losses: the same, for the families (model_type)
     whose modules do it otherwise.
+    full_loss: the loss when all weights train, where that is another one.
     fused_loss: whether that ends in a fused cross-entropy kernel.
     fused_linear_loss: which of Liger's fused projections and losses `loss: liger` runs, by its version.
     holds_logits: the training loop's own variable keeps the logits until the next forward pass has ended.
+    expert_modules: each routed expert is a module with linears of its own.
     reentrant: which form of torch's checkpoint recomputes a block.
+    packs_from: the format that weights are in when they are packed to 4 bits; None means their own.
     adapters_follow_weights: adapters are in the base weights' format; otherwise as the plan says.
     """
 
@@ -38,14 +42,18 @@ class Profile:
     fused_glu: bool = False
     in_place_gradients: bool = False
     grouped_attention: bool = True
+    repeats_for_flash: tuple[str, ...] = ()
     loss: str = "float_then_flat"
     losses: tuple[tuple[str, str], ...] = field(default=())
+    full_loss: str | None = None
     fused_loss: bool = False
     fused_linear_loss: str = "liger-0.6"
     holds_logits: bool = False
+    expert_modules: bool = False
     reentrant: bool = False
     native_rope_fp32: bool = False
     adapters_follow_weights: bool = False
+    packs_from: str | None = None
     source: str = ""
 
     def loss_for(self, family: str) -> str:
@@ -74,6 +82,7 @@ _PROFILES: dict[str, tuple[Profile, ...]] = {
             loss="float_then_shift",
             losses=_LOSSES_OF_4,
             fused_linear_loss="liger-0.4",
+            expert_modules=True,
             reentrant=True,
             source="transformers 4.48.1: modeling_llama.py, loss/loss_utils.py, modeling_utils.py",
         ),
@@ -81,9 +90,11 @@ _PROFILES: dict[str, tuple[Profile, ...]] = {
             name="transformers",
             version="4.45",
             grouped_attention=False,
+            repeats_for_flash=("mistral", "mixtral", "qwen2", "qwen2_moe", "starcoder2", "phi3", "jamba"),
             loss="float_at_once",
             losses=_LOSSES_OF_4,
             fused_linear_loss="liger-0.4",
+            expert_modules=True,
             reentrant=True,
             source="transformers 4.45.2: modeling_llama.py, modeling_mistral.py, modeling_granite.py",
         ),
@@ -91,12 +102,14 @@ _PROFILES: dict[str, tuple[Profile, ...]] = {
     "litgpt": (
         Profile(
             name="litgpt",
-            version="0.5",
+            version="0.4",
+            packs_from="fp16",
             grouped_attention=False,
             loss="litgpt_chunks",
+            full_loss="litgpt_flat",
             reentrant=False,
             adapters_follow_weights=True,
-            source="litgpt 26857050: litgpt/model.py, lora.py, utils.py, finetune/lora.py; Lightning Fabric's wrappers.py",
+            source="litgpt 5895df10 (2024-04): model.py, lora.py, utils.py, finetune/lora.py; Lightning Fabric's wrappers.py, bitsandbytes.py",
         ),
     ),
     "torchtune": (

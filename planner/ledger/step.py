@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.errors import PlanError
-from planner.ledger.adapters import adapter_for
+from planner.errors import NotCovered, PlanError
+from planner.ledger import litgpt
+from planner.ledger.adapters import adapter_for, is_target
 from planner.ledger.attention import rotary_tables, shared_masks
+from planner.ledger.attention_families import attention_of
 from planner.ledger.block import run_block
 from planner.ledger.embedding import embed
 from planner.ledger.encoder_decoder import encoder_of, run_encoder_decoder
@@ -114,10 +116,14 @@ def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
         del ids
         layers, head = run_encoder_decoder(t, shape, encoder, live)
         return _close(t, layers, head, live)
+    # peft's enable_input_require_grads, without which a checkpointed block has no gradient
+    t.inputs_require_grad = (
+        setting.method.name in ("lora", "qlora", "ia3", "adapter") and setting.recompute.mode != "none"
+    )
     x = embed(t, shape.embedding) if shape.embedding is not None else t.constant("input", ("B", "S", "H"), "fp32")
-    if setting.method.name in ("lora", "qlora", "ia3", "adapter") and setting.recompute.mode != "none":
-        x.requires_grad = True  # peft's enable_input_require_grads, without which a checkpointed block has no gradient
     t.family = shape.model_type
+    t.attention = attention_of(t.family, t.attention)
+    t.positions = shape.max_positions or 0
     t.recomputes = _recomputes(setting.recompute)
     _shared_tables(t, shape, x.dtype)
     shared_masks(t, shape, x.dtype)
@@ -131,7 +137,8 @@ def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
     x = normalise(t, shape.head.norm, shape.head.norm_name, flow.pop())
     t.model_locals.clear()
     if not _recomputes(setting.recompute):
-        t.masks.clear()  # recomputed blocks keep the masks that they were called with
+        t.masks.clear()  # recomputed blocks keep the masks and tables that they were called with
+        t.rotary = ()
     loss = loss_of(t, shape.head, x, setting.loss)
     del x
     live = [ids, loss]
@@ -159,8 +166,13 @@ def _close(t: ShardedOperations, layers: Sequence[int], head: int, live: list[Te
 def _tape(setting: Setting) -> ShardedOperations:
     precision, method = setting.precision, setting.method
     full = method.name == "full"
-    upcast = method.name == "qlora" and method.upcast
-    base = "fp32" if upcast else precision.weights
+    packed = method.name == "qlora"
+    base = "fp32" if packed and method.upcast is True else precision.weights
+    norms_upcast = packed and bool(method.upcast)
+
+    def quantized(name: str) -> bool:
+        return packed and (name != "lm_head" or method.quantizes_head)
+
     gathering = setting.gathering
     if gathering is not None and gathering.shards_weights and gathering.casts:
         base = precision.compute
@@ -174,11 +186,15 @@ def _tape(setting: Setting) -> ShardedOperations:
         reentrant=setting.profile.reentrant,
         profile=setting.profile,
         attention=setting.attention,
-        weight_dtype=lambda _: base,
+        weight_dtype=lambda name: "fp32" if norms_upcast and ("norm" in name or ".ln_" in name) else base,
         trainable=lambda _: full,
         compute=precision.compute if precision.autocast and not (gathering and gathering.casts) else None,
         unpacked=precision.compute,
-        quantized=(lambda name: name != "lm_head") if method.name == "qlora" else (lambda _: False),
+        packed_from=setting.profile.packs_from or precision.weights,
+        double_quantization=method.double_quantization,
+        quantized=quantized,
+        method=method,
+        targeted=lambda name: method.name in ("lora", "qlora") and is_target(method, name),
         adapter=adapter_for(method),
     )
 
@@ -210,7 +226,7 @@ def _shared_tables(t: Operations, shape: ModelShape, dtype: str) -> None:
             size = mixer.rope_dim
         if size:
             t.module = "rotary"
-            rotary_tables(t, "S", size, dtype)
+            rotary_tables(t, "S", size, "fp32" if t.profile.name == "litgpt" else dtype)
             return
 
 
@@ -276,20 +292,22 @@ def _program(
 ) -> Callable[[Tensor], Tensor]:
     """One group's forward pass. It names its weights itself, as it may run again in backward."""
 
-    def run(x: Tensor) -> Tensor:
+    run = litgpt.run_block if t.profile.name == "litgpt" else run_block
+
+    def program(x: Tensor) -> Tensor:
         flow = [x]
         del x
         for position, block in enumerate(blocks):
             t.prefix = f"{name}.{position}:"
             if partly:
                 t.trainable = lambda _, trains=trains[position]: trains
-            flow.append(run_block(t, block, flow[0]))
+            flow.append(run(t, block, flow[0]))
             flow.pop(0)
         if partly:
             t.trainable = lambda _: True
         return flow.pop()
 
-    return run
+    return program
 
 
 def _cut(t: ShardedOperations, layers: tuple[int, ...], head: int, stashed: dict[int, list[int]]) -> StepRecord:

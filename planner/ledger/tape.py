@@ -100,7 +100,7 @@ class Parameter:
 class Node:
     """The backward function of one operation."""
 
-    __slots__ = ("edges", "grads", "module", "operator", "recompute", "saved", "saves", "scratch", "segment", "viewed", "wanted")
+    __slots__ = ("edges", "first", "grads", "module", "operator", "recompute", "saved", "saves", "scratch", "segment", "viewed", "wanted")
 
     def __init__(self, operator: str, module: str, segment: int, outputs: int) -> None:
         self.operator = operator
@@ -110,6 +110,7 @@ class Node:
         self.saves = False  # whether torch saves anything for it, weights included
         self.edges: list[Edge] = []
         self.scratch: tuple[tuple[Dims, str], ...] = ()
+        self.first: tuple[tuple[Dims, str], ...] = ()
         self.grads: list[Storage | None] = [None] * outputs
         self.recompute: Callable[..., Tensor] | None = None
         self.wanted: list[bool] = []
@@ -222,6 +223,7 @@ class Tape:
         in_place: bool = False,
         scratch: Sequence[tuple[Dims, str]] = (),
         backward_scratch: Sequence[tuple[Dims, str]] = (),
+        backward_first: Sequence[tuple[Dims, str]] = (),
         gradient_dims: Sequence[tuple[Dims, str] | None] | None = None,
         raw_gradients: Sequence[tuple[Dims, str] | None] = (),
         gradients_in: Sequence[Storage | None] = (),
@@ -234,7 +236,8 @@ class Tape:
         alias: the gradient of every input is the output's gradient itself (add, views); or that, for each input.
         view: outputs share the first input's storage, and the gradient is the output's own unless it `copies`;
         in_place: the output is the first input's memory.
-        scratch, backward_scratch: tensors that live only while the operation runs.
+        scratch, backward_scratch: tensors that live only while the operation runs; backward_first: those that live
+        only before the backward formula makes its results.
         gradient_dims: size of each input's gradient where it is not the input's own.
         raw_gradients: what the formula makes for each input before autograd sums it to the input's shape and casts
         it to the input's format (engine.cpp, validate_outputs: once all gradients of the node exist).
@@ -251,7 +254,7 @@ class Tape:
             storage = inputs[0].storage if shares else self.allocate(operator, dims, dtype)  # type: ignore[union-attr]
             results.append(Tensor(storage, dims, dtype, requires_grad=requires_grad, node=node, output=position))
         if node is not None:
-            node.scratch = tuple(backward_scratch)
+            node.scratch, node.first = tuple(backward_scratch), tuple(backward_first)
             for value in saves:
                 if value is not None:
                     self._save(node, value.storage)
@@ -401,6 +404,8 @@ class Tape:
         operator = f"{node.operator} backward"
         incoming = next(grad for grad in node.grads if grad is not None)
         through = bool(node.viewed)
+        held = [self.allocate(operator, dims, dtype) for dims, dtype in node.first]
+        held.clear()
         held = [self.allocate(operator, dims, dtype) for dims, dtype in node.scratch]
         produced = [
             incoming

@@ -13,6 +13,7 @@ AT_FORALL_FP32_SET_OPT_DTYPE, AT_FORALL_PROMOTE) and autocast_mode.cpp (cached_c
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -51,13 +52,15 @@ class CudaAutocast:
 
     def __enter__(self) -> CudaAutocast:
         self._library = library = torch.library.Library("aten", "IMPL")
-        for names, policy in (
-            (_FP32, _in_fp32), (_FP32_BY_DTYPE, _with_dtype), (_LOWER, _in_lower), (_AS_THEY_ARE, _unchanged)
-        ):  # fmt: skip
-            for name in names:
-                packet, _, overload = name.partition(".")
-                operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
-                library.impl(name, policy(operator), "AutocastCPU", allow_override=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="(?s).*only once for all operators.*")  # that it overrides
+            for names, policy in (
+                (_FP32, _in_fp32), (_FP32_BY_DTYPE, _with_dtype), (_LOWER, _in_lower), (_AS_THEY_ARE, _unchanged)
+            ):  # fmt: skip
+                for name in names:
+                    packet, _, overload = name.partition(".")
+                    operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
+                    library.impl(name, policy(operator), "AutocastCPU", allow_override=True)
         return self
 
     def __exit__(

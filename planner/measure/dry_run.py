@@ -20,8 +20,9 @@ two cuBLAS workspaces. Kernels' scratch is counted where `planner.measure.cuda_s
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +120,7 @@ def replay(
     *,
     model: torch.nn.Module,
     mode: FakeTensorMode | None = None,
+    wrap: Callable[[torch.nn.Module], torch.nn.Module] | None = None,
     kernel: str = "auto",
     vocabulary_size: int | None = None,
     workspace_bytes: int = 0,
@@ -128,7 +130,7 @@ def replay(
     """Replay `step` once on `model`, already materialised under `mode`, and report the last occurrence of each phase.
 
     `step` calls `memory.mark("forward" | "backward" | "optimizer" | "steady")` as it goes, and may loop for several
-    steps: the last is reported.
+    steps: the last is reported. `wrap` is what a sharding engine makes of the model, before the first step.
     """
     mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
     saved: dict[str, list[tuple[Allocation, tuple[int, ...], torch.dtype]]] = {}
@@ -139,6 +141,10 @@ def replay(
         stack.enter_context(CudaSemantics(kernel=kernel))
         stack.enter_context(CudaAutocast())
         memory.name_modules(model)
+        if wrap is not None:
+            memory.adopt(model.parameters(), role="weights")
+            model = wrap(model)
+            gc.collect()
         memory.adopt(model.parameters(), role="weights")
         memory.adopt(model.buffers(), role="weights")
         if workspace_bytes:
@@ -235,6 +241,10 @@ def replay_training_step(
     attention: str = "sdpa",
     kernel: str = "auto",
     lora: Mapping[str, Any] | None = None,
+    autocast: str | None = None,
+    accumulation_steps: int = 1,
+    set_to_none: bool = True,
+    sharding: Sharding | Mapping[str, Any] | None = None,
     steps: int = 2,
     loss: str | Callable[[torch.nn.Module, torch.Tensor], torch.Tensor] = "default",
     hold_loss: bool = False,
@@ -248,11 +258,15 @@ def replay_training_step(
                             model(input_ids=, labels=)
     dtype                   bf16, fp16 or fp32: torch's default dtype while the model is built, so the format of its
                             parameters
-    optimizer_kwargs        passed to torch's optimizer; `foreach=True` unless said otherwise, as torch itself picks
-                            on CUDA
+    optimizer               a name of `planner.measure.stepping`
+    optimizer_kwargs        passed to the optimizer; `foreach=True` unless said otherwise, as torch itself picks on CUDA
     gradient_checkpointing  True or "reentrant" (transformers' own default before 5.x), "non-reentrant", or False
     lora                    keyword arguments of `peft.LoraConfig`; adapters stay in fp32 beside 16-bit weights, as
                             peft does
+    autocast                bf16 or fp16: the forward pass and the loss run under torch.autocast, with CUDA's lists
+    accumulation_steps      micro-batches in a step; the last one is reported
+    set_to_none             whether zero_grad frees gradients or fills them with zeros
+    sharding                a `planner.measure.sharded.Sharding`, or its fields: one rank of many is replayed
     loss                    "default", or a function (model, ids) -> scalar
     hold_loss               keep the loss with its (freed) graph until the next forward has ended, as a bare loop
                             that names it does; by default it is detached after backward, as `transformers.Trainer`
@@ -263,11 +277,15 @@ def replay_training_step(
     """
     for given, accepted, what in (
         (dtype, DTYPES, "number format"),
-        (optimizer, OPTIMIZERS, "optimizer"),
+        (optimizer, STEPPERS, "optimizer"),
         (attention, _ATTENTIONS, "attention"),
     ):
         if given not in accepted:
             raise PlanError(f'no {what} "{given}" in the dry run; {nearest(given, accepted)}')
+    if autocast is not None and autocast not in DTYPES:
+        raise PlanError(f'no number format "{autocast}" in the dry run; {nearest(autocast, DTYPES)}')
+    if isinstance(sharding, Mapping):
+        sharding = Sharding(**sharding)
     with torch.device("meta"), _default_dtype(DTYPES[dtype]):
         model = build_model()
     config = getattr(model, "config", None)
@@ -288,44 +306,52 @@ def replay_training_step(
     compute_loss = _default_loss if loss == "default" else loss
     if isinstance(compute_loss, str):
         raise PlanError(f'no loss "{loss}" in the dry run; accepted: default, or a function (model, ids) -> scalar.')
-    optimizer_name, settings = OPTIMIZERS[optimizer]
+
+    trained = [model]
 
     def step(memory: LiveMemory) -> None:
+        model = trained[0]
         ids = torch.empty(micro_batch_size, sequence_length, dtype=torch.int64)
         memory.adopt([ids], role="inputs")
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        stepper = getattr(torch.optim, optimizer_name)(
-            trainable, lr=1e-4, **{"foreach": True, **settings, **(optimizer_kwargs or {})}
+        stepper = stepper_for(
+            optimizer, [(n, p) for n, p in model.named_parameters() if p.requires_grad], optimizer_kwargs or {}
         )
         for _ in range(steps):
-            memory.mark("forward")
-            loss_value = compute_loss(model, ids)
-            memory.mark("backward")
-            loss_value.backward()
-            if not hold_loss:
-                loss_value = loss_value.detach()
+            for _ in range(accumulation_steps):
+                memory.mark("forward")
+                with torch.autocast("cpu", DTYPES[autocast or "bf16"], enabled=autocast is not None):
+                    loss_value = compute_loss(model, ids)
+                memory.mark("backward")
+                loss_value.backward()
+                if not hold_loss:
+                    loss_value = loss_value.detach()
             memory.mark("optimizer")
             stepper.step()
-            for state in stepper.state.values():
-                for key, value in state.items():
-                    if isinstance(value, torch.Tensor):
-                        if key == "step":
-                            memory.set_aside(value)
-                        else:
-                            memory.adopt([value], role="optimizer_states")
-            stepper.zero_grad(set_to_none=True)
+            for _key, value, on_host in stepper.states():
+                if on_host:
+                    memory.set_aside(value)
+                else:
+                    memory.adopt([value], role="optimizer_states")
+            stepper.zero_grad(set_to_none)
             memory.mark("steady")
 
-    return replay(
-        step,
-        model=model,
-        mode=mode,
-        kernel=kernel,
-        vocabulary_size=getattr(config, "vocab_size", None),
-        workspace_bytes=workspace_bytes,
-        record_saved=record_saved,
-        granularity=granularity,
-    )
+    def wrap(model: torch.nn.Module) -> torch.nn.Module:
+        assert isinstance(sharding, Sharding)
+        trained[0] = shard(model, sharding)
+        return trained[0]
+
+    with one_rank_of(sharding.ranks) if sharding is not None else nullcontext():
+        return replay(
+            step,
+            model=model,
+            mode=mode,
+            wrap=wrap if sharding is not None else None,
+            kernel=kernel,
+            vocabulary_size=getattr(config, "vocab_size", None),
+            workspace_bytes=workspace_bytes,
+            record_saved=record_saved,
+            granularity=granularity,
+        )
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -67,6 +68,11 @@ def _accumulates(args: Any) -> bool:
         holders = torch._C._storage_Use_Count(_untyped_storage(first)._cdata)
         alone = holders == 2 and torch.Tensor._use_count(first) == _SOLE_HOLDER  # pyright: ignore[reportAttributeAccessIssue]
         return alone and first.shape == second.shape and first.dtype == second.dtype
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a distributed tensor; any other tensor itself."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def rounded_bytes(nbytes: int, granularity: int = ALLOCATION_GRANULARITY_BYTES) -> int:
@@ -205,6 +211,8 @@ class LiveMemory(TorchDispatchMode):
         super().__exit__(*exception)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # seen again as operators on what each rank holds
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return self._scalar(args[0])
         if func in _OUT_OF_PLACE_FOR_SUBCLASSES and not self._modules and self._is_fresh_zeros(args[0]):
@@ -248,6 +256,7 @@ class LiveMemory(TorchDispatchMode):
         self._change(scratch, 0)
 
     def _see(self, tensor: torch.Tensor, func: Any) -> Allocation:
+        tensor = _local(tensor)
         with torch._C.DisableTorchFunction():
             storage = _untyped_storage(tensor)
             nbytes = storage.nbytes()
@@ -293,7 +302,7 @@ class LiveMemory(TorchDispatchMode):
     def allocation_of(self, tensor: torch.Tensor) -> Allocation | None:
         """The record of the storage under `tensor`, or None when it is not followed."""
         with torch._C.DisableTorchFunction():
-            return self._live.get(_untyped_storage(tensor)._cdata)
+            return self._live.get(_untyped_storage(_local(tensor))._cdata)
 
     def adopt(self, tensors: Iterable[torch.Tensor], *, role: str, operator: str = "made before the step") -> None:
         """Count storages that existed before the mode was entered, or give known ones their role."""

@@ -38,7 +38,7 @@ def workspace_bytes(device: Device) -> int:
     capability = device.compute_capability
     if capability is None:
         return 0
-    one = 32 * MIB if capability in ("9.0", "10.0") else 2 * 4096 * 1024 + 8 * 16 * 1024
+    one = 32 * MIB if capability in ((9, 0), (10, 0)) else 2 * 4096 * 1024 + 8 * 16 * 1024
     return 2 * one
 
 

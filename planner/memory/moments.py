@@ -44,13 +44,13 @@ def pass_levels(record: StepRecord) -> PassLevels:
     forward_end = _total(forward, 0)
     released = _total(release, forward_end)
     forward_peak, forward_where = _highest(forward, 0)
-    backward_peak, backward_where = _highest(backward, released)
+    backward_peak, backward_where = _highest(backward, forward_end)
     return PassLevels(
         forward_peak,
         forward_end,
         backward_peak,
-        _total(backward, released),
-        _breakdown(record, forward, None),
+        _total(backward, forward_end),
+        _breakdown(record, [*forward, *release], None),
         _breakdown(record, forward[:forward_where], forward[forward_where]),
         _breakdown(record, [*forward, *release, *backward[:backward_where]], backward[backward_where]),
         forward_where,

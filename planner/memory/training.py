@@ -9,6 +9,7 @@ from functools import lru_cache
 from planner.errors import NotCovered, PlanError
 from planner.formats import BITS
 from planner.hardware import Device
+from planner.ledger.arrangement import arranged, settled
 from planner.ledger.gathering import Gathering
 from planner.ledger.parameters import StateTensor, state_tensors
 from planner.ledger.profile import Profile, profile_named
@@ -68,6 +69,8 @@ def training_memory(plan: TrainingPlan, shape: ModelShape, device: Device) -> Tr
     _covered(plan)
     data = plan.data_ranks
     profile = profile_named(plan.implementation.name, plan.implementation.version, plan.implementation.kernels)
+    shape = arranged(shape, profile)
+    plan = replace(plan, method=settled(plan.method, plan.precision, profile))
     tensors = state_tensors(shape, plan.method, plan.precision)
     held = held_by_a_rank(tensors, plan.parallelism, data)
     engine = engine_of(plan.parallelism, data)
