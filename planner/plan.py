@@ -95,8 +95,9 @@ class Method:
     adapter_dtype: fp32 beside 16-bit weights, as peft does.
     quantization, double_quantization: base weights of qlora (nf4 or fp4).
     quantizes_head: the output projection is in 4 bits as well.
-    upcast: what stands beside 4-bit linears is turned to fp32 (peft's prepare_model_for_kbit_training); `norms`: only
-        norms stay so (trl's peft_module_casting_to_bf16 after it, as SFTTrainer does with bf16).
+    upcast: what stands beside 4-bit linears is turned to fp32 (peft's prepare_model_for_kbit_training).
+    upcast_embeddings: embeddings and head stay so; otherwise only norms do (trl's peft_module_casting_to_bf16, which
+        SFTTrainer runs after it with bf16).
     virtual_tokens: prefix and prompt tuning. bottleneck: width of bottleneck adapters.
     trainable_layers: `frozen` trains the last k blocks and the head; 0 trains the head alone.
     """
@@ -110,7 +111,8 @@ class Method:
     quantization: Literal["nf4", "fp4"] = "nf4"
     double_quantization: bool = True
     quantizes_head: bool = False
-    upcast: bool | Literal["norms"] = True
+    upcast: bool = True
+    upcast_embeddings: bool = True
     virtual_tokens: int = 20
     bottleneck: int = 64
     trainable_layers: int = 0

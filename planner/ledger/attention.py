@@ -398,11 +398,21 @@ def _math(
     broadcasts = spec.kv_heads != spec.heads and t.family == "falcon"  # one head, expanded by the products themselves
     if spec.kv_heads != spec.heads and not broadcasts:
         key, value = _repeated(t, key, heads), _repeated(t, value, heads)
-    key_ = t.scale(key)
-    scores = _scores(t, _dense(t, spec, scaled), _repeated(t, key_, heads) if broadcasts else key_)
+    scores = _scores(
+        t, _dense(t, spec, scaled), _repeated(t, t.scale(key), heads) if broadcasts else t.scale(key)
+    )
     if mask is not None:
         scores = t.apply("add_", [scores], [(scores.dims, scores.dtype)], alias=True, in_place=True)[0]
-    scores = t.map("safe_softmax", scores, saves="output")
+    del mask
+    infinite = [(scores.dims, "bool"), (scores.dims[:-1], "bool")]
+    scores = t.apply(
+        "safe_softmax",
+        [scores],
+        [(scores.dims, "fp32")],
+        saves_outputs=(0,),
+        scratch=infinite,
+        backward_scratch=[(scores.dims, "fp32")],
+    )[0]
     scores_ = t.dropout(scores, spec.dropout)
     dims = (*query.dims[:3], value.dims[3])
     result = t.to(t.matmul(scores_, _repeated(t, value, heads) if broadcasts else value, dims), dtype)
@@ -445,7 +455,7 @@ def _eager(
     if mask is not None:
         weights = t.add(weights, mask)
     if t.family in _SOFTMAX_IN_PLACE_FORMAT:
-        weights = t.map("softmax", weights, saves="output")
+        weights = t.to(t.map("softmax", weights, saves="output"), value.dtype)  # autocast's softmax gives fp32
     else:
         weights = t.softmax_fp32(weights)
     weights = t.dropout(weights, spec.dropout)

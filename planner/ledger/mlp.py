@@ -68,19 +68,17 @@ def activate(t: Operations, name: str, x: Tensor) -> Tensor:
 def _gelu_new(t: Operations, x: Tensor) -> Tensor:
     """0.5 * x * (1 + tanh(c * (x + 0.044715 * x ** 3))), written in Python: NewGELUActivation.
 
-    Python evaluates 0.5 * x first and keeps it while the rest is computed. Saved, each as wide as x:
+    Python evaluates 0.5 * x first and keeps it while the rest is computed. Saved, each as wide as x (under autocast pow
+    casts its input to fp32, and what follows from it is fp32):
         x            by pow                                              1
         0.5 * x      by the last product                                 1
         tanh(...)    by tanh itself                                      1
         1 + tanh     by the last product                                 1
     """
-    half = t.scale(x)
-    cube = t.scale(t.map("pow", x))
-    inner = t.scale(t.add(x, cube))
-    del cube
-    bounded = t.map("tanh", inner, saves="output")
-    del inner
-    return t.mul(half, t.scale(bounded, "add scalar"))
+    return t.mul(
+        t.scale(x),
+        t.scale(t.map("tanh", t.scale(t.add(x, t.scale(t.map("pow", x)))), saves="output"), "add scalar"),
+    )
 
 
 def _bloom_gelu(t: Operations, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ __all__ = ["Operations"]
 # Tensors as large as the input that the derivative of an elementwise function makes on its way:
 # pow(x, n): n * x ** (n - 1) before it meets the gradient (FunctionsManual.cpp, pow_backward).
 # softmax: grad * output (SoftMax.cu, softmax_backward_cuda_out).
-_BACKWARD_SCRATCH = {"pow": 2, "softmax": 1, "safe_softmax": 1}
+_BACKWARD_SCRATCH = {"pow": 2, "softmax": 1}
 
 # What CUDA's autocast runs in fp32 (aten/src/ATen/autocast_mode.h, AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE).
 _AUTOCAST_FP32 = frozenset({"pow", "exp", "log", "rsqrt", "reciprocal", "softplus", "softmax", "log_softmax"})

@@ -87,7 +87,8 @@ def _tensors(shape: ModelShape, method: Method, precision: Precision) -> Iterato
 def _base(weight: Weight, repeat: int, in_block: bool, method: Method, precision: Precision) -> StateTensor:
     head = method.quantizes_head and weight.component == "lm_head"
     packed = method.name == "qlora" and weight.kind == "linear" and (in_block or head)
-    upcast = method.name == "qlora" and not packed and (method.upcast is True or method.upcast == "norms" and _is_norm(weight))
+    upcast = method.name == "qlora" and not packed and method.upcast
+    upcast = upcast and (method.upcast_embeddings or _is_norm(weight))
     return StateTensor(
         name=weight.name,
         shape=weight.shape,

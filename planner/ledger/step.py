@@ -167,7 +167,7 @@ def _tape(setting: Setting) -> ShardedOperations:
     precision, method = setting.precision, setting.method
     full = method.name == "full"
     packed = method.name == "qlora"
-    base = "fp32" if packed and method.upcast is True else precision.weights
+    base = "fp32" if packed and method.upcast and method.upcast_embeddings else precision.weights
     norms_upcast = packed and bool(method.upcast)
 
     def quantized(name: str) -> bool:

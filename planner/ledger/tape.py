@@ -148,6 +148,7 @@ class Tape:
     hooked: bool = False
     reentrant: bool = True
     nested: bool = False
+    reached: bool = False  # whether any operation since this was reset has an input that trains
     unpacks: bool = False  # saved tensors come out of a checkpoint's hooks: gone as soon as the formula has run
     needed: int = 0  # rows that existed when the latest operation to save something saved it
     rows: list[Row] = field(default_factory=list)
@@ -158,6 +159,8 @@ class Tape:
     module: str = ""
     saved: set[int] = field(default_factory=set)
     gradients: dict[str, Storage] = field(default_factory=dict)
+    waiting: dict[str, Storage] = field(default_factory=dict)  # gradients of parameters that have more to come
+    uses: dict[str, int] = field(default_factory=dict)  # operations that will still give a parameter a gradient
     casts: dict[str, Storage] = field(default_factory=dict)
     parameters: list[Parameter] = field(default_factory=list)
     operations: list[tuple[str, str, int, Any]] = field(default_factory=list)  # (operator, module, segment, flops)
@@ -244,7 +247,9 @@ class Tape:
         viewed: the gradient arrives as a view, as through a reshaped product; for all inputs, or for each.
         gradients_in: for each input, memory that its gradient is written into by kernels that work in place.
         """
-        requires_grad = self.enabled and any(trains(value) for value in inputs)
+        flows = any(trains(value) for value in inputs)
+        self.reached = self.reached or flows
+        requires_grad = self.enabled and flows
         node = Node(operator, self.module, self.segment, len(outputs)) if requires_grad else None
         before = len(self.rows)
         held = [self.allocate(operator, dims, dtype) for dims, dtype in scratch]
@@ -272,6 +277,8 @@ class Tape:
                     edge.viewed = view and not copies or (viewed if isinstance(viewed, bool) else viewed[position])
                     edge.memory = gradients_in[position] if gradients_in else None
                     node.edges.append(edge)
+                    if edge.parameter is not None:
+                        self.uses[edge.parameter.name] = self.uses.get(edge.parameter.name, 0) + 1
             self.nodes.append(node)
             weighs = alias is not True and any(isinstance(value, Parameter) for value in inputs)
             node.saves = bool(node.saved) or weighs
@@ -330,11 +337,15 @@ class Tape:
 
         What stays alive in between is the inputs. During the second run of the reentrant form the block's own output
         stays alive until its backward is done (torch/utils/checkpoint.py: a local variable holds it).
+        Where nothing trains, nothing is kept: no weight of the block and no input; the reentrant form asks the inputs
+        alone (CheckpointFunction sees no weights).
         """
         enabled, self.enabled = self.enabled, False
+        reached, self.reached = self.reached, False
         result = program(*inputs)
-        self.enabled = enabled
-        if not enabled:
+        needed = any(x.requires_grad for x in inputs) if self.reentrant else self.reached
+        self.enabled, self.reached = enabled, self.reached or reached
+        if not enabled or not needed:
             return result
         node = Node("checkpoint", self.module, self.segment, 1)
         for x in inputs:
@@ -451,8 +462,7 @@ class Tape:
 
     def _deliver(self, edge: Edge, grad: Storage, viewed: bool = False) -> None:
         if edge.parameter is not None:
-            if not self.hooked and not self.accumulate:
-                self.gradients.setdefault(edge.parameter.name, grad)
+            self._collect(edge, edge.parameter.name, grad)
             return
         target = edge.target
         if target is None:
@@ -468,6 +478,23 @@ class Tape:
         if shared or edge.output in target.viewed:
             target.viewed.discard(edge.output)
             target.grads[edge.output] = self.allocate("accumulate gradient", edge.dims, edge.dtype)
+
+
+    def _collect(self, edge: Edge, name: str, grad: Storage) -> None:
+        """A parameter's gradient: it waits until every use of the parameter has given its own, then counts.
+
+        Two gradients of one parameter (a tied table) meet in the input buffer of its accumulation node, where they
+        are summed out of place: the first is a transposed view of a matrix product's result.
+        """
+        self.uses[name] -= 1
+        if name in self.waiting:
+            self.waiting[name] = self.allocate("accumulate gradient", edge.dims, edge.dtype, "gradient")
+        else:
+            self.waiting[name] = grad
+        if self.uses[name] == 0:
+            whole = self.waiting.pop(name)
+            if not self.hooked and not self.accumulate:
+                self.gradients[name] = whole
 
 
 def trains(value: Tensor | Parameter) -> bool:

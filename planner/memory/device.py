@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from planner.hardware import Device
+from planner.memory.allocator import segment_bytes
 from planner.sources import Source
 
 __all__ = ["DeviceTerm", "device_terms", "workspace_bytes"]
@@ -47,9 +48,9 @@ def device_terms(device: Device, peak_allocated: int, gpus: int) -> tuple[Device
     terms = [
         DeviceTerm(
             name="allocator_slack",
-            bytes=_segments(peak_allocated) - peak_allocated + peak_allocated // 25,
-            low_bytes=_segments(peak_allocated) - peak_allocated,
-            high_bytes=_segments(peak_allocated) - peak_allocated + peak_allocated // 10,
+            bytes=segment_bytes(peak_allocated) - peak_allocated + peak_allocated // 25,
+            low_bytes=segment_bytes(peak_allocated) - peak_allocated,
+            high_bytes=segment_bytes(peak_allocated) - peak_allocated + peak_allocated // 10,
             source=Source(
                 title="reserved minus allocated, SimuMax B200 validation: 2.8 to 9.3 % of allocated over 19 runs",
                 kind="published",
@@ -83,8 +84,3 @@ def device_terms(device: Device, peak_allocated: int, gpus: int) -> tuple[Device
             )
         )
     return tuple(terms)
-
-
-def _segments(size: int) -> int:
-    """Round up to the caching allocator's 2 MiB granularity (c10/cuda/CUDACachingAllocator.cpp, kRoundLarge)."""
-    return -(-size // (2 * MIB)) * 2 * MIB

@@ -32,7 +32,9 @@ from planner.quantization import row_bytes
 
 __all__ = [
     "KV_CACHE_FORMATS",
+    "UNBOUNDED",
     "CacheLayers",
+    "affine_bytes",
     "affine_kv_bytes",
     "cache_layers",
     "kv_bytes",
@@ -41,6 +43,7 @@ __all__ = [
     "longest_context",
     "most_sequences",
     "sequence_bytes",
+    "token_bytes",
     "vector_bytes",
 ]
 
@@ -139,7 +142,9 @@ def _entry(
             if mixer.shares_kv or not (mixer.causal or mixer.cross):
                 return None
             heads = max(1, -(-mixer.kv_heads // tensor))
-            cell = heads * (vector_bytes(dtype, mixer.head_dim) + vector_bytes(dtype, mixer.value_dim or mixer.head_dim))
+            cell = heads * (
+                vector_bytes(dtype, mixer.head_dim) + vector_bytes(dtype, mixer.value_dim or mixer.head_dim)
+            )
             if mixer.cross:
                 return ("full", cell, None, 0) if encoder is None else ("cross", cell, encoder, 0)
             if windows and mixer.window is not None:
@@ -180,26 +185,34 @@ def sequence_bytes(layers: tuple[CacheLayers, ...], context: int, block_size: in
     return sum(group.bytes(context, block_size) for group in layers)
 
 
+def token_bytes(layers: tuple[CacheLayers, ...]) -> int:
+    """Bytes that one token adds while it is inside every window."""
+    return sum(len(group.layers) * group.cell_bytes for group in layers if group.kind != "cross")
+
+
+def affine_bytes(layers: tuple[CacheLayers, ...]) -> tuple[int, int]:
+    """(a, f) of bytes(S) = a S + f, for one sequence longer than every window."""
+    slope = sum(len(group.layers) * group.cell_bytes for group in layers if group.kind == "full")
+    fixed = sum(
+        len(group.layers) * (group.cell_bytes * (group.limit or 0) + group.state_bytes)
+        for group in layers
+        if group.kind != "full"
+    )
+    return slope, fixed
+
+
 def kv_bytes_per_token(shape: ModelShape, dtype: str = "auto", tensor: int = 1) -> int:
     """Bytes that one token adds on one rank while it is inside every window: all layers that grow, windowed or not.
 
     Beyond the windows it is less: see `affine_kv_bytes`. Cross-attention of known length and recurrent states do not
     grow and are not in it.
     """
-    return sum(
-        len(group.layers) * group.cell_bytes for group in cache_layers(shape, dtype, tensor) if group.kind != "cross"
-    )
+    return token_bytes(cache_layers(shape, dtype, tensor))
 
 
 def affine_kv_bytes(shape: ModelShape, dtype: str = "auto", tensor: int = 1) -> tuple[int, int]:
-    """(a, f) of bytes(S) = a S + f, for one sequence longer than every window."""
-    slope = fixed = 0
-    for group in cache_layers(shape, dtype, tensor):
-        if group.kind == "full":
-            slope += len(group.layers) * group.cell_bytes
-        else:
-            fixed += len(group.layers) * (group.cell_bytes * (group.limit or 0) + group.state_bytes)
-    return slope, fixed
+    """(a, f) of bytes(S) = a S + f on one rank, for one sequence longer than every window."""
+    return affine_bytes(cache_layers(shape, dtype, tensor))
 
 
 def kv_bytes(shape: ModelShape, context: int, dtype: str = "auto", block_size: int = 1, tensor: int = 1) -> int:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from planner.memory.kv_cache import CacheLayers
 
-__all__ = ["PagedGroup", "PagePlan", "page_plan"]
+__all__ = ["PagePlan", "PagedGroup", "page_plan"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,8 +41,7 @@ def pass_levels(record: StepRecord) -> PassLevels:
     forward = [record.forward[segment] for segment in order]
     release = [record.release[segment] for segment in order if segment in record.release]
     backward = [record.backward[segment] for segment in reversed(order) if segment in record.backward]
-    forward_end = _total(forward, 0)
-    released = _total(release, forward_end)
+    forward_end = _total(release, _total(forward, 0))  # autocast's cached weights go when its region ends
     forward_peak, forward_where = _highest(forward, 0)
     backward_peak, backward_where = _highest(backward, forward_end)
     return PassLevels(

@@ -6,7 +6,7 @@ sequences are those of the whole deployment, all replicas together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,15 +14,15 @@ from planner.errors import PlanError
 from planner.hardware import Device
 from planner.memory.device import DeviceTerm
 from planner.memory.kv_cache import (
-    KV_CACHE_FORMATS,
     UNBOUNDED,
     CacheLayers,
-    affine_kv_bytes,
+    affine_bytes,
     cache_layers,
-    kv_bytes_per_token,
     largest_that_fits,
+    token_bytes,
 )
 from planner.memory.kv_pages import page_plan
+from planner.memory.serving_activations import forward_bytes, logits_bytes
 from planner.memory.serving_engines import EngineRule, engine_rule
 from planner.memory.serving_weights import ServingWeights, serving_weights
 from planner.model.shape import Attention, LatentAttention, ModelShape
@@ -42,6 +42,7 @@ class ServingMemory:
         kv_cache_growth_per_token x context + kv_cache_fixed_per_sequence.
     kv_cache: the cache of the requested load; kv_cache_pool: what the engine can give to caches.
     kv_token_capacity: tokens of sequences of the plan's context that the pool holds at once.
+    Limits are None where memory sets none.
     longest_context: at the plan's concurrency, at most the model's own positions; longest_context_by_memory without
         that bound. max_concurrent_sequences: at the plan's context, by memory alone.
     device_used: the sum of `breakdown`: what is live at the requested load. reserved: what nvidia-smi shows where the
@@ -55,9 +56,9 @@ class ServingMemory:
     kv_cache: int
     kv_cache_pool: int
     kv_token_capacity: int
-    max_concurrent_sequences: int
-    longest_context: int
-    longest_context_by_memory: int
+    max_concurrent_sequences: int | None
+    longest_context: int | None
+    longest_context_by_memory: int | None
     peak_activations: int
     budget: int
     capacity: int
@@ -132,33 +133,36 @@ def serving_memory(plan: ServingPlan, shape: ModelShape, device: Device) -> Serv
     element = 4 if cache == "fp32" and plan.engine == "transformers" else 2
     stages = _stages(weights, layers, rule, degrees.pipeline)
 
+    for_token = forward_bytes(shape, 1, degrees.tensor, element_bytes=element)
+    for_row = logits_bytes(shape, 1, element_bytes=element)
+
     def transient(count: int) -> int:
-        return rule.activations(shape, count, degrees.tensor, element)
+        return rule.activations(for_token, for_row, count)
 
     peak = transient(sequences)
     answers = [_load(stage, context, sequences, peak, transient) for stage in stages]
     tightest = min(range(len(stages)), key=lambda index: answers[index].room - answers[index].cache)
     stage, answer = stages[tightest], answers[tightest]
-    concurrent = min(each.concurrent for each in answers)
+    concurrent = degrees.data * min(each.concurrent for each in answers)
     longest = min(each.longest for each in answers)
     bounded = longest if shape.max_positions is None else min(longest, shape.max_positions)
     fits = all(each.cache <= each.room for each in answers)
     breakdown = {"weights": stage.weights, "kv_cache": answer.cache, "activations": peak}
     breakdown.update({term.name: term.bytes for term in rule.terms})
     used = sum(breakdown.values())
-    growth, fixed = affine_kv_bytes(shape, cache, degrees.tensor)
+    growth, fixed = affine_bytes(layers)
     pool = max(0, answer.room)
     return ServingMemory(
         weights=stage.weights,
-        kv_cache_bytes_per_token=kv_bytes_per_token(shape, cache, degrees.tensor),
+        kv_cache_bytes_per_token=token_bytes(layers),
         kv_cache_growth_per_token=growth,
         kv_cache_fixed_per_sequence=fixed,
         kv_cache=answer.cache,
         kv_cache_pool=pool,
         kv_token_capacity=degrees.data * min(each.tokens for each in answers),
-        max_concurrent_sequences=degrees.data * concurrent,
-        longest_context=bounded,
-        longest_context_by_memory=longest,
+        max_concurrent_sequences=_limit(concurrent),
+        longest_context=_limit(bounded),
+        longest_context_by_memory=_limit(longest),
         peak_activations=peak,
         budget=rule.budget,
         capacity=device.memory_capacity_bytes,
@@ -173,8 +177,13 @@ def serving_memory(plan: ServingPlan, shape: ModelShape, device: Device) -> Serv
         stage=stage.index,
         engine_version=rule.version,
         assumptions=_assumptions(plan, shape, device, rule, weights, cache),
-        warnings=_warnings(plan, shape, context, fits, concurrent * degrees.data, longest, layers),
+        warnings=_warnings(plan, shape, context, fits, concurrent, longest, layers),
     )
+
+
+def _limit(found: int) -> int | None:
+    """None where memory sets no limit."""
+    return None if found >= UNBOUNDED else found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,7 +195,7 @@ class _Load:
     tokens: int
 
 
-def _load(stage: _Stage, context: int, sequences: int, peak: int, transient: Any) -> _Load:
+def _load(stage: _Stage, context: int, sequences: int, peak: int, transient: Callable[[int], int]) -> _Load:
     """What one stage holds at the load, and the inverses: most sequences, longest context, tokens."""
     rule = stage.rule
     needs = rule.sequence_needs(stage.layers)
@@ -228,9 +237,7 @@ def _stages(
     for index, size in enumerate(sizes):
         stop = start + size
         held = layers if pipeline == 1 else tuple(_within(layers, start, stop))
-        stages.append(
-            _Stage(index=index, weights=weights.stage(start, stop), layers=held, rule=rule, other=other)
-        )
+        stages.append(_Stage(index=index, weights=weights.stage(start, stop), layers=held, rule=rule, other=other))
         start = stop
     return tuple(stages)
 
@@ -282,7 +289,9 @@ def _assumptions(
     if plan.engine == "llama.cpp" and shape.embedding is not None and not (shape.head and shape.head.tied):
         stated.append("llama.cpp keeps the token embedding in host memory; it is counted in weights here")
     if any(tower.role in ("vision", "audio") for tower in shape.towers):
-        stated.append("the vision or audio tower is held whole on every tensor-parallel rank; its activations are not in")
+        stated.append(
+            "the vision or audio tower is held whole on every tensor-parallel rank; its activations are not in"
+        )
     if device.memory_capacity_assumption:
         stated.append(device.memory_capacity_assumption)
     stated.extend(f"model: {assumed} (a default of the reference class)" for assumed in shape.assumed)
@@ -305,7 +314,9 @@ def _warnings(
     if not layers:
         found.append("the model keeps no cache between tokens that this version describes")
     if not fits and concurrent > 0:
-        found.append(f"{concurrent} sequences of {context} tokens run at once; the rest of {plan.requests.concurrency} wait")
+        found.append(
+            f"{concurrent} sequences of {context} tokens run at once; the rest of {plan.requests.concurrency} wait"
+        )
     if not fits and concurrent == 0 and longest > 0:
         found.append(f"not one sequence of {context} tokens fits; {longest} tokens would, at the plan's concurrency")
     return tuple(found)

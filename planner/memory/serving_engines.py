@@ -16,9 +16,8 @@ from dataclasses import dataclass, replace
 
 from planner.hardware import Device
 from planner.memory.device import DeviceTerm
-from planner.memory.kv_cache import CacheLayers, sequence_bytes
+from planner.memory.kv_cache import UNBOUNDED, CacheLayers, sequence_bytes
 from planner.memory.kv_pages import page_plan
-from planner.memory.serving_activations import forward_bytes, logits_bytes
 from planner.model.shape import LatentAttention, ModelShape
 from planner.plan import ServingPlan
 from planner.sources import Source
@@ -59,9 +58,15 @@ _CONTEXT = Source(
 class EngineRule:
     """One engine on one device with one plan.
 
-    pages: the cache is a pool of vLLM's pages. budget: bytes that weights, cache, activations and `terms` may take together. pool_fraction: share of what is
-    left of it that becomes the cache. static: activations and terms lie outside the budget (sglang's fraction).
-    prefill_tokens: tokens in one forward pass. activation_floor: bytes that the peak has at least.
+    pages: the cache is a pool of vLLM's pages.
+    budget: bytes that weights, cache, activations and `terms` may take together.
+    static: activations and terms lie outside the budget (sglang's fraction).
+    pool_fraction: share of what is left of the budget that becomes the cache.
+    prefill_tokens: most tokens in one forward pass. prompt_tokens: None where the engine plans for that many, whatever
+        comes; else a pass holds the prompts of its sequences.
+    in_flight: tokens that windowed layers hold beyond their window. activation_floor: what the peak is at least.
+    context_step: contexts are padded to it. reserves: the pool is taken at start.
+    convolution: format of convolution states. windows: windowed layers forget.
     """
 
     version: str
@@ -70,6 +75,7 @@ class EngineRule:
     pool_fraction: float
     static: bool
     prefill_tokens: int
+    prompt_tokens: int | None
     in_flight: int
     activation_floor: int
     terms: tuple[DeviceTerm, ...]
@@ -96,11 +102,15 @@ class EngineRule:
             return lambda context: sequence_bytes(widened, context, self.context_step)
         return lambda context: sequence_bytes(layers, context, self.block_size)
 
-    def activations(self, shape: ModelShape, sequences: int, tensor: int, element_bytes: int) -> int:
-        """Largest transient of a step that serves `sequences` sequences."""
+    def activations(self, for_token: int, for_row: int, sequences: int) -> int:
+        """Largest transient of a step that serves `sequences` sequences.
+
+        for_token, for_row: bytes of a forward pass for each token, and of the logits for each sequence.
+        """
         tokens = self.prefill_tokens
-        forward = forward_bytes(shape, tokens, tensor, element_bytes=element_bytes)
-        return max(forward, logits_bytes(shape, sequences, element_bytes=element_bytes), self.activation_floor)
+        if self.prompt_tokens is not None:
+            tokens = min(tokens, self.prompt_tokens * sequences)
+        return max(tokens * for_token, sequences * for_row, self.activation_floor)
 
 
 def vllm_defaults(device: Device) -> tuple[int, int]:
@@ -161,9 +171,7 @@ def _vllm(plan: ServingPlan, shape: ModelShape, device: Device) -> EngineRule:
         high_bytes=int((0.80 if several else 0.20) * GIB),
         source=_LLM_D,
     )
-    graphs = DeviceTerm(
-        name="cuda_graphs", bytes=GIB // 4, low_bytes=0, high_bytes=int(1.03 * GIB), source=_GRAPHS
-    )
+    graphs = DeviceTerm(name="cuda_graphs", bytes=GIB // 4, low_bytes=0, high_bytes=int(1.03 * GIB), source=_GRAPHS)
     low, high = (edge * sequences * (shape.head.rows if shape.head else 0) / GIB for edge in SAMPLER_BYTES[::2])
     return EngineRule(
         version="0.33",
@@ -172,6 +180,7 @@ def _vllm(plan: ServingPlan, shape: ModelShape, device: Device) -> EngineRule:
         pool_fraction=1.0,
         static=False,
         prefill_tokens=tokens,
+        prompt_tokens=None,
         in_flight=tokens * (degrees.pipeline + 1),
         activation_floor=_sampler_floor(shape, sequences),
         terms=(not_torch, graphs),
@@ -191,19 +200,21 @@ def _vllm(plan: ServingPlan, shape: ModelShape, device: Device) -> EngineRule:
     )
 
 
+# GiB of the device below which the row holds; chunk of prefill tokens; largest graph batch; the same with tensor >= 4
+_SGLANG_DEFAULTS = (
+    (20, 2048, 8, 8),
+    (35, 4096, 48, 160),
+    (60, 4096, 32, 160),
+    (160, 8192, 256, 512),
+    (math.inf, 16384, 512, 512),
+)
+
+
 def _sglang(plan: ServingPlan, shape: ModelShape, device: Device) -> EngineRule:
     """srt/arg_groups/memory_hook.py, sizes in MiB as there: 512 + 1.5 a chunk token + 128 a rank + graphs."""
     total = device.memory_capacity_bytes / MIB
     wide = plan.parallelism.tensor >= 4
-    for limit, chunk, batch, wide_batch in (
-        (20, 2048, 8, 8),  # GiB below; chunk; largest graph batch; the same with tensor >= 4
-        (35, 4096, 48, 160),
-        (60, 4096, 32, 160),
-        (160, 8192, 256, 512),
-        (math.inf, 16384, 512, 512),
-    ):
-        if total < limit * 1024:
-            break
+    chunk, batch, wide_batch = next(row[1:] for row in _SGLANG_DEFAULTS if total < row[0] * 1024)
     latent = any(isinstance(block.mixer, LatentAttention) for block in shape.blocks)
     graphs = 2 * (wide_batch if wide else batch) + (1536 if latent else 0)
     reserved = 512 + 1.5 * max(chunk, 2048) + 128 * plan.parallelism.tensor * plan.parallelism.pipeline + graphs
@@ -218,6 +229,7 @@ def _sglang(plan: ServingPlan, shape: ModelShape, device: Device) -> EngineRule:
         pool_fraction=1.0,
         static=True,
         prefill_tokens=chunk,
+        prompt_tokens=None,
         in_flight=0,
         activation_floor=0,
         terms=(_context_term(),),
@@ -243,6 +255,7 @@ def _tensorrt(plan: ServingPlan, device: Device) -> EngineRule:
         pool_fraction=share,
         static=False,
         prefill_tokens=8192,
+        prompt_tokens=None,
         in_flight=0,
         activation_floor=0,
         terms=(_context_term(),),
@@ -272,6 +285,7 @@ def _llama_cpp(plan: ServingPlan, shape: ModelShape, device: Device) -> EngineRu
         pool_fraction=1.0,
         static=False,
         prefill_tokens=LLAMA_CPP_UBATCH,
+        prompt_tokens=None,
         in_flight=LLAMA_CPP_UBATCH,
         activation_floor=LLAMA_CPP_UBATCH * (rows + shape.hidden) * 4,
         terms=(_context_term(),),
@@ -289,14 +303,14 @@ def _llama_cpp(plan: ServingPlan, shape: ModelShape, device: Device) -> EngineRu
 
 
 def _transformers(plan: ServingPlan, device: Device) -> EngineRule:
-    load = plan.requests
     return EngineRule(
         version="5.23",
         pages=False,
         budget=device.memory_capacity_bytes,
         pool_fraction=1.0,
         static=False,
-        prefill_tokens=load.prompt_tokens * -(-load.concurrency // plan.parallelism.data),
+        prefill_tokens=UNBOUNDED,
+        prompt_tokens=plan.requests.prompt_tokens,
         in_flight=0,
         activation_floor=0,
         terms=(_context_term(),),
@@ -313,14 +327,14 @@ def _transformers(plan: ServingPlan, device: Device) -> EngineRule:
 
 
 def _ideal(plan: ServingPlan, device: Device) -> EngineRule:
-    load = plan.requests
     return EngineRule(
         version="",
         pages=False,
         budget=device.memory_capacity_bytes,
         pool_fraction=1.0,
         static=False,
-        prefill_tokens=min(IDEAL_CHUNK, load.prompt_tokens * -(-load.concurrency // plan.parallelism.data)),
+        prefill_tokens=IDEAL_CHUNK,
+        prompt_tokens=plan.requests.prompt_tokens,
         in_flight=0,
         activation_floor=0,
         terms=(),

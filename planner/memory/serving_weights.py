@@ -47,6 +47,9 @@ from planner.quantization import (
 __all__ = ["ServingWeights", "rotary_table_bytes", "serving_weight_bytes", "serving_weights"]
 
 VOCABULARY_PADDING = 64  # vLLM 0.33 vocab_parallel_embedding.py, DEFAULT_VOCAB_PADDING_SIZE
+# vLLM on Hopper swizzles the packed values of mxfp4 experts (Triton), whose rows it pads. 256 is inferred: it turns
+# 12.83 and 60.78 GiB of gpt-oss 20b and 120b into 13.43 and 64.34; logged are 13.47 and 64.38.
+MXFP4_ROW = 256
 _MERGING_ENGINES = ("vllm", "sglang")  # run GPTQ through Marlin, which frees the g_idx of checkpoints without act-order
 
 
@@ -54,23 +57,25 @@ _MERGING_ENGINES = ("vllm", "sglang")  # run GPTQ through Marlin, which frees th
 class ServingWeights:
     """Bytes on one tensor-parallel rank. layers: of each block in order; first, last: what stands before and after.
 
-    tied: bytes of the embedding table when it is the output projection too; a last stage of its own keeps a copy.
+    everywhere: buffers that each pipeline stage holds. tied: bytes of the embedding table when it is the output
+    projection too; a last stage of its own keeps a copy.
     """
 
     layers: tuple[int, ...]
     first: int
     last: int
+    everywhere: int
     tied: int
     assumptions: tuple[str, ...]
 
     @property
     def total(self) -> int:
         """The whole model on one rank, no pipeline."""
-        return sum(self.layers) + self.first + self.last
+        return sum(self.layers) + self.first + self.last + self.everywhere
 
     def stage(self, start: int, stop: int) -> int:
         """The blocks of `range(start, stop)` and what belongs to the stage that holds them."""
-        held = sum(self.layers[start:stop])
+        held = sum(self.layers[start:stop]) + self.everywhere
         if start == 0:
             held += self.first
         if stop == len(self.layers):
@@ -96,27 +101,27 @@ def serving_weights(
     layers = [0] * len(shape.blocks)
     first = last = tied = 0
     head = shape.head
-    after = ((head.name, head.norm_name, head.projection_name) if head is not None else ()) or ("",)
+    after = tuple(f"{part}." for part in (head.name, head.norm_name, head.projection_name) if part) if head else ()
+    table = f"{shape.embedding.name}.weight" if shape.embedding is not None and head is not None and head.tied else ""
     for group in model_weights(shape):
-        in_stack = bool(group.layers) and group.prefix == shape.prefix
-        if in_stack:
+        if group.layers and group.prefix == shape.prefix:
             for layer, size in form.blocks(group):
                 layers[layer] += size
             continue
         for weight in group.weights:
             size = group.repeat * form.outside(weight)
-            if not group.layers and any(part and weight.name.startswith(f"{part}.") for part in after):
+            if not group.layers and weight.name.startswith(after):
                 last += size
             else:
                 first += size
-            if head is not None and head.tied and weight.component == "embed_in" and shape.embedding is not None:
-                if weight.name == f"{shape.embedding.name}.weight":
-                    tied = size
-    table = rotary_table_bytes(shape) if engine == "vllm" and not form.gguf else 0
-    if layers and table:
-        layers = [size + (table if index == 0 else 0) for index, size in enumerate(layers)]
+            if weight.name == table:
+                tied = size
+    rotary = rotary_table_bytes(shape) if engine == "vllm" and not form.gguf else 0
+    if rotary:
         assumptions += ("vllm keeps the cosines and sines of every position, counted with the weights",)
-    return ServingWeights(layers=tuple(layers), first=first, last=last, tied=tied, assumptions=assumptions)
+    return ServingWeights(
+        layers=tuple(layers), first=first, last=last, everywhere=rotary, tied=tied, assumptions=assumptions
+    )
 
 
 def rotary_table_bytes(shape: ModelShape) -> int:
@@ -236,7 +241,10 @@ class _Forms:
         moe = block.ffn
         assert isinstance(moe, Moe), "stacked experts belong to a routed layer"
         count, out, inner = _expert_matrix(sizes, moe)
-        return count * self._matrix((out, inner))
+        size = self._matrix((out, inner))
+        if self.name == "mxfp4" and self.engine == "vllm":
+            size += out * (-inner % MXFP4_ROW) // 2
+        return count * size
 
     def _gguf_packs(self, weight: Weight) -> bool:
         """Matrices are packed; routers, convolutions, norms, biases and small tables stay in fp32."""
@@ -335,7 +343,7 @@ def _expert_matrix(sizes: tuple[int, ...], moe: Moe) -> tuple[int, int, int]:
 def _rank_shape(weight: Weight, block: Block, tensor: int, expert: int) -> tuple[int, ...]:
     """The shape of the part of one block's weight that one tensor-parallel rank holds."""
     sizes = weight.shape
-    if tensor == expert == 1 or weight.kind == "norm" and not _divided_norm(weight, block):
+    if tensor == expert == 1 or (weight.kind == "norm" and not _divided_norm(weight, block)):
         return sizes
     module, _, leaf = weight.name.rpartition(".")
     bias = weight.kind == "bias"
@@ -406,9 +414,7 @@ def _state_space_shape(sizes: tuple[int, ...], module: str, block: Block, tensor
     return sizes
 
 
-def _experts_shape(
-    weight: Weight, sizes: tuple[int, ...], block: Block, tensor: int, expert: int
-) -> tuple[int, ...]:
+def _experts_shape(weight: Weight, sizes: tuple[int, ...], block: Block, tensor: int, expert: int) -> tuple[int, ...]:
     """Whole experts over `expert` ranks; what is left of the tensor degree divides their width."""
     moe = block.ffn
     assert isinstance(moe, Moe), "routed experts belong to a routed layer"

@@ -80,7 +80,7 @@ def training_memory(plan: TrainingPlan, shape: ModelShape, device: Device) -> Tr
     levels = _levels(shape, _setting(plan, profile, engine, data, persistent))
     base, host = _base(plan, held, stepped, device, engine, data)
     gradients = _gradients(plan, held, main)
-    return _moments(plan, levels, base, gradients, persistent, stepped, host)
+    return _moments(plan, levels, base, gradients, persistent, main, stepped, host)
 
 
 @lru_cache(maxsize=64)
@@ -210,6 +210,7 @@ def _moments(
     base: dict[str, int],
     gradients: int,
     persistent: bool,
+    main: bool,
     stepped: OptimizerBytes,
     host: int,
 ) -> TrainingMemory:
@@ -220,7 +221,7 @@ def _moments(
         "forward_peak": _with(base, kept, levels.forward_breakdown),
         "backward_peak": _with(base, kept, levels.backward_breakdown),
         "optimizer_peak": _with(base, gradients, {"temporaries": 0 if offloaded else stepped.step}),
-        "steady": _with(base, 0 if plan.optimizer.set_to_none and not persistent else kept, {}),
+        "steady": _with(base, kept if main or not plan.optimizer.set_to_none else 0, {}),
     }
     moments = {name: sum(parts.values()) for name, parts in breakdowns.items()}
     peak = max(("forward_peak", "backward_peak", "optimizer_peak"), key=lambda name: moments[name])

@@ -1,0 +1,230 @@
+"""Answers as plotly figures, with one palette for the page, the notebooks and the README.
+
+Every function takes the answer as `Estimate.to_dict()` gives it and returns a figure; nothing is computed here beyond
+what a drawing needs. A category has the same colour and the same pattern everywhere. The hues are those of Okabe and
+Ito (Color Universal Design, 2008, https://jfly.uni-koeln.de/color/), which stay apart for the three common kinds of
+colour blindness; patterns tell categories apart in grey print.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from planner.units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+__all__ = ["PALETTE", "Paint", "describe", "memory_bar", "moments", "zero_states"]
+
+Answer = Mapping[str, Any]
+Unit = Literal["GiB", "GB"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paint:
+    """How a category is drawn: its fill, and the pattern laid over it (one of plotly's pattern shapes)."""
+
+    colour: str
+    pattern: str = ""
+
+
+_BLUE, _SKY, _GREEN, _YELLOW = "#0072B2", "#56B4E9", "#009E73", "#F0E442"
+_ORANGE, _VERMILION, _PURPLE, _GREY = "#E69F00", "#D55E00", "#CC79A7", "#9A9A9A"
+
+# States are blue and green, what a pass makes is orange, what sharding and libraries add is purple and yellow, and what
+# lies outside the tensors is grey.
+PALETTE: Mapping[str, Paint] = {
+    "weights": Paint(colour=_BLUE),
+    "master_weights": Paint(colour=_BLUE, pattern="/"),
+    "gradients": Paint(colour=_SKY),
+    "optimizer_states": Paint(colour=_GREEN),
+    "kv_cache": Paint(colour=_SKY, pattern="/"),
+    "inputs": Paint(colour=_YELLOW),
+    "activations": Paint(colour=_ORANGE),
+    "peak_activations": Paint(colour=_ORANGE),
+    "logits_and_loss": Paint(colour=_VERMILION),
+    "temporaries": Paint(colour=_YELLOW, pattern="\\"),
+    "unsharded_parameters": Paint(colour=_PURPLE),
+    "communication_buffers": Paint(colour=_PURPLE, pattern="/"),
+    "library_workspaces": Paint(colour=_PURPLE, pattern="x"),
+    "allocator_slack": Paint(colour=_GREY),
+    "cuda_context": Paint(colour=_GREY, pattern="/"),
+    "nccl_buffers": Paint(colour=_GREY, pattern="x"),
+}
+_OTHER = Paint(colour=_GREY, pattern=".")
+_FONT = "Source Sans, Source Sans Pro, Helvetica, Arial, sans-serif"
+_LINE = "#808080"  # a contrast of 3.9 on white and 4.9 on the dark theme's ground
+_LABEL_SHARE = 0.09  # narrower segments have no room for their own label
+
+
+def memory_bar(answer: Answer, unit: Unit = "GiB", *, title: str = "") -> Figure:
+    """One stacked bar: every part of the peak and of what lies outside the tensors, against the card's capacity.
+
+    The bar's end is `device_used`. Parts that hold nothing are left out.
+    """
+    memory = answer["memory"]
+    parts = _parts(memory)
+    used, capacity = sum(parts.values()), memory["capacity"]
+    scale = max(used, capacity)
+    figure = _figure(height=210, title=title)
+    for name, size in parts.items():
+        label = f"{_words(name)}<br>{format_bytes(size, unit)}" if size / scale >= _LABEL_SHARE else ""
+        figure.add_bar(**_bar(name, [size], [""], unit), text=[label], **_INSIDE)
+    _capacity_line(figure, capacity, unit)
+    _size_axis(figure, scale * 1.06, unit)
+    figure.update_layout(margin={"t": 54 if not title else 84}, yaxis={"visible": False})
+    return figure
+
+
+def moments(answer: Answer, unit: Unit = "GiB", *, title: str = "") -> Figure:
+    """One small stacked bar for each moment of a training step, first moment on top; the highest is named the peak."""
+    memory = answer["memory"]
+    names = list(memory["breakdowns"])
+    labels = [_words(name) for name in names]
+    labels[names.index(memory["peak_moment"])] = f"<b>{_words(memory['peak_moment'])}: the peak</b>"
+    levels = [memory["moments"][name] for name in names]
+    parts = list(dict.fromkeys(part for name in names for part, size in memory["breakdowns"][name].items() if size))
+    figure = _figure(height=34 * len(names) + 60, title=title)
+    for part in parts:
+        sizes = [memory["breakdowns"][name].get(part, 0) for name in names]
+        figure.add_bar(**_bar(part, sizes, labels, unit), showlegend=False)
+    figure.add_scatter(
+        x=levels,
+        y=labels,
+        mode="text",
+        text=[f" {format_bytes(level, unit)}" for level in levels],
+        textposition="middle right",
+        hoverinfo="skip",
+        showlegend=False,
+        cliponaxis=False,
+    )
+    _capacity_line(figure, memory["capacity"], unit, label=False)
+    _size_axis(figure, max(*levels, memory["capacity"]) * 1.06, unit)
+    figure.update_layout(yaxis={"autorange": "reversed", "ticklabelstandoff": 6, "automargin": True}, bargap=0.35)
+    return figure
+
+
+def zero_states(stages: Mapping[str, Mapping[str, int]], unit: Unit = "GB", *, title: str = "") -> Figure:
+    """Training states of one rank, a stacked bar for each way of sharding: {label: {category: bytes}}."""
+    labels = list(stages)
+    parts = list(dict.fromkeys(part for states in stages.values() for part, size in states.items() if size))
+    figure = _figure(height=46 * len(labels) + 110, title=title)
+    for part in parts:
+        sizes = [states.get(part, 0) for states in stages.values()]
+        figure.add_bar(**_bar(part, sizes, labels, unit))
+    totals = [sum(states.values()) for states in stages.values()]
+    figure.add_scatter(
+        x=totals,
+        y=labels,
+        mode="text",
+        text=[f" {format_bytes(total, unit)}" for total in totals],
+        textposition="middle right",
+        hoverinfo="skip",
+        showlegend=False,
+        cliponaxis=False,
+    )
+    _size_axis(figure, max(totals) * 1.12, unit)
+    figure.update_layout(yaxis={"autorange": "reversed", "ticklabelstandoff": 6, "automargin": True}, bargap=0.35)
+    return figure
+
+
+def describe(answer: Answer, unit: Unit = "GiB") -> str:
+    """What `memory_bar` shows, in one sentence, for readers who do not see it."""
+    parts = sorted(_parts(answer["memory"]).items(), key=lambda part: -part[1])
+    listed = ", ".join(f"{_words(name)} {format_bytes(size, unit)}" for name, size in parts)
+    capacity = format_bytes(answer["memory"]["capacity"], unit)
+    return f"Stacked bar against a capacity of {capacity}: {listed}."
+
+
+def _parts(memory: Mapping[str, Any]) -> dict[str, int]:
+    """The parts of `device_used`: tensors at the peak, then what lies outside them; nothing empty."""
+    parts = {name: size for name, size in memory["breakdown"].items() if size}
+    parts |= {name: term["bytes"] for name, term in (memory.get("device_terms") or {}).items() if term["bytes"]}
+    return parts
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").replace("cuda", "CUDA").replace("nccl", "NCCL").replace("kv ", "KV ")
+
+
+_INSIDE: Mapping[str, Any] = {
+    "textposition": "inside",
+    "insidetextanchor": "middle",
+    "textangle": 0,
+    "constraintext": "none",
+}
+
+
+def _bar(name: str, sizes: Sequence[int], labels: Sequence[str], unit: Unit) -> dict[str, Any]:
+    """One category of a horizontal stack."""
+    paint = PALETTE.get(name, _OTHER)
+    dark = paint.colour in (_BLUE, _GREEN, _VERMILION)
+    return {
+        "x": list(sizes),
+        "y": list(labels),
+        "name": _words(name),
+        "orientation": "h",
+        "marker": {
+            "color": paint.colour,
+            "line": {"width": 1, "color": "rgba(255,255,255,0.7)"},
+            "pattern": {"shape": paint.pattern, "fgcolor": "rgba(255,255,255,0.65)", "size": 7, "solidity": 0.25},
+        },
+        "textfont": {"color": "#ffffff" if dark else "#101010", "size": 13},
+        "customdata": [format_bytes(size, unit) for size in sizes],
+        "hovertemplate": f"{_words(name)}: %{{customdata}}<extra></extra>",
+    }
+
+
+def _figure(*, height: int, title: str) -> Figure:
+    from plotly.graph_objects import Figure
+
+    return Figure(
+        layout={
+            "barmode": "stack",
+            "height": height,
+            "font": {"family": _FONT, "size": 14},
+            "title": {"text": title, "x": 0, "xanchor": "left", "font": {"size": 16}},
+            "margin": {"l": 8, "r": 16, "t": 44 if title else 12, "b": 8},
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "legend": {"orientation": "h", "y": -0.28, "yanchor": "top", "x": 0, "traceorder": "normal"},
+            "hoverlabel": {"font": {"family": _FONT}},
+            "dragmode": False,
+        }
+    )
+
+
+def _size_axis(figure: Figure, largest: float, unit: Unit) -> None:
+    """An axis of bytes that is labelled in round numbers of the unit."""
+    size = parse_bytes(f"1 {unit}")
+    step = next(step for step in _ROUND if largest / (step * size) <= 7)
+    ticks = [step * index for index in range(int(largest / (step * size)) + 1)]
+    figure.update_xaxes(
+        range=[0, largest],
+        tickvals=[tick * size for tick in ticks],
+        ticktext=[f"{tick:g} {unit}" if tick == ticks[-1] else f"{tick:g}" for tick in ticks],
+        gridcolor="rgba(128,128,128,0.25)",
+        zeroline=False,
+        fixedrange=True,
+    )
+    figure.update_yaxes(fixedrange=True)
+
+
+_ROUND = [base * 10.0**power for power in range(-3, 9) for base in (1, 2, 5)]
+
+
+def _capacity_line(figure: Figure, capacity: int, unit: Unit, *, label: bool = True) -> None:
+    figure.add_vline(x=capacity, line={"color": _LINE, "width": 2, "dash": "dash"})
+    if label:
+        figure.add_annotation(
+            x=capacity,
+            y=1,
+            yref="paper",
+            yanchor="bottom",
+            xanchor="right",
+            text=f"capacity {format_bytes(capacity, unit)}",
+            showarrow=False,
+        )

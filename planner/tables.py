@@ -1,0 +1,93 @@
+"""Answers as pandas DataFrames: figures with their unit in the column's name, or text for people to read.
+
+Every function takes the answer as `Estimate.to_dict()` gives it. Figures are bytes and shares, nothing rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from planner.units import format_bytes, format_share
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+__all__ = ["MEANINGS", "breakdown_frame", "breakdown_text", "moments_frame", "states_frame"]
+
+Answer = Mapping[str, Any]
+Unit = Literal["GiB", "GB"]
+
+MEANINGS: Mapping[str, str] = {
+    "weights": "the model's parameters, as they are stored while training",
+    "master_weights": "the copy in full precision that the optimizer updates, where weights are kept in 16 bits",
+    "gradients": "one gradient for each trained parameter",
+    "optimizer_states": "what the optimizer remembers between steps: for Adam, two moments a trained parameter",
+    "inputs": "token ids and what is made of them before the first layer",
+    "activations": "what forward keeps for backward, layer by layer",
+    "logits_and_loss": "scores over the whole vocabulary, their copies in the loss, and their gradients",
+    "temporaries": "what one operation holds only while it runs",
+    "unsharded_parameters": "layers that are whole for a moment, gathered from the other ranks",
+    "communication_buffers": "buffers in which gradients and weights travel between ranks",
+    "library_workspaces": "scratch memory of cuBLAS",
+    "kv_cache": "keys and values of all tokens in flight",
+    "peak_activations": "what the largest forward pass of the engine holds",
+    "allocator_slack": "what PyTorch's allocator reserves beyond the tensors",
+    "cuda_context": "what the driver and loaded kernels take",
+    "nccl_buffers": "what the communication library takes",
+}
+
+
+def breakdown_frame(answer: Answer) -> DataFrame:
+    """The parts of `device_used`: one row a category, with its bytes and its share of the card's capacity.
+
+    Tensors at the peak come first, then the terms outside them. Parts that hold nothing are left out.
+    """
+    from pandas import DataFrame
+
+    memory = answer["memory"]
+    sizes = {name: size for name, size in memory["breakdown"].items() if size}
+    sizes |= {name: term["bytes"] for name, term in (memory.get("device_terms") or {}).items() if term["bytes"]}
+    return DataFrame(
+        {
+            "bytes": list(sizes.values()),
+            "share_of_capacity": [size / memory["capacity"] for size in sizes.values()],
+        },
+        index=list(sizes),
+    ).rename_axis("category")
+
+
+def breakdown_text(answer: Answer, unit: Unit = "GiB") -> DataFrame:
+    """`breakdown_frame` for people: sizes with their unit, shares in per cent, and the three figures tools read."""
+    from pandas import DataFrame
+
+    memory = answer["memory"]
+    rows = [(_words(str(name)), size) for name, size in breakdown_frame(answer)["bytes"].items()]
+    rows += [(name, memory[name]) for name in ("peak_allocated", "peak_reserved", "device_used") if memory.get(name)]
+    return DataFrame(
+        {
+            "part": [name for name, _ in rows],
+            "size": [format_bytes(size, unit) for _, size in rows],
+            "of capacity": [format_share(size / memory["capacity"]) for _, size in rows],
+        }
+    )
+
+
+def moments_frame(answer: Answer) -> DataFrame:
+    """The moments of a training step: one row each, one column a category, in bytes; `total` is the row's sum."""
+    from pandas import DataFrame
+
+    frame = DataFrame(answer["memory"]["breakdowns"]).T.rename_axis("moment")
+    return frame.assign(total=frame.sum(axis=1))
+
+
+def states_frame(states: Mapping[str, Mapping[str, int]]) -> DataFrame:
+    """Training states under several ways of sharding, {label: {category: bytes}}: a row each, with `total`."""
+    from pandas import DataFrame
+
+    frame = DataFrame(states).T.rename_axis("sharding")
+    return frame.assign(total=frame.sum(axis=1))
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").replace("cuda", "CUDA").replace("nccl", "NCCL").replace("kv ", "KV ")
