@@ -57,7 +57,6 @@ PALETTE: Mapping[str, Paint] = {
 _OTHER = Paint(colour=_GREY, pattern=".")
 _FONT = "Source Sans, Source Sans Pro, Helvetica, Arial, sans-serif"
 _LINE = "#808080"  # a contrast of 3.9 on white and 4.9 on the dark theme's ground
-_LABEL_SHARE = 0.09  # narrower segments have no room for their own label
 
 
 def memory_bar(answer: Answer, unit: Unit = "GiB", *, title: str = "") -> Figure:
@@ -71,8 +70,7 @@ def memory_bar(answer: Answer, unit: Unit = "GiB", *, title: str = "") -> Figure
     scale = max(used, capacity)
     figure = _figure(height=210, title=title)
     for name, size in parts.items():
-        label = f"{_words(name)}<br>{format_bytes(size, unit)}" if size / scale >= _LABEL_SHARE else ""
-        figure.add_bar(**_bar(name, [size], [""], unit), text=[label], **_INSIDE)
+        figure.add_bar(**_bar(name, [size], [""], unit), text=[f"{_words(name)}<br>{format_bytes(size, unit)}"], **_INSIDE)
     _capacity_line(figure, capacity, unit)
     _size_axis(figure, scale * 1.06, unit)
     figure.update_layout(margin={"t": 54 if not title else 84}, yaxis={"visible": False})
@@ -154,7 +152,7 @@ _INSIDE: Mapping[str, Any] = {
     "textposition": "inside",
     "insidetextanchor": "middle",
     "textangle": 0,
-    "constraintext": "none",
+    "constraintext": "inside",
 }
 
 
@@ -193,6 +191,7 @@ def _figure(*, height: int, title: str) -> Figure:
             "legend": {"orientation": "h", "y": -0.28, "yanchor": "top", "x": 0, "traceorder": "normal"},
             "hoverlabel": {"font": {"family": _FONT}},
             "dragmode": False,
+            "uniformtext": {"mode": "hide", "minsize": 11},  # segments too narrow for their label leave it to the legend
         }
     )
 

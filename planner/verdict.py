@@ -33,14 +33,17 @@ class Verdict:
 def verdict_of(
     peak_allocated: int, terms: Sequence[DeviceTerm], capacity: int, *, moment: str, rank: str = "every rank"
 ) -> Verdict:
-    """Compare what the device will show with what it has.
+    """Compare what the step cannot do without with what the device has.
 
-    Outcome: `does_not_fit` when the central value exceeds the capacity; `tight` when the upper end of the band does;
-    `fits` otherwise. Upper end: KNOWN_ERROR of the peak and the high ends of the device terms.
+    Needed: the tensors, the least slack, and the centre of every other term. The allocator's usual slack is cached
+    memory, which it gives back before it fails, so it counts towards the band and not towards the need.
+    Outcome: `does_not_fit` when the need exceeds the capacity; `tight` when its upper end does; `fits` otherwise.
+    Upper end: KNOWN_ERROR of the peak, the usual slack, and the high ends of the other terms.
     """
-    used = peak_allocated + sum(term.bytes for term in terms)
-    high = int(peak_allocated * (1 + KNOWN_ERROR)) + sum(term.high_bytes for term in terms)
-    room, band = capacity - used, high - used
+    slack, others = terms[0], terms[1:]
+    needed = peak_allocated + slack.low_bytes + sum(term.bytes for term in others)
+    high = int(peak_allocated * (1 + KNOWN_ERROR)) + slack.bytes + sum(term.high_bytes for term in others)
+    room, band = capacity - needed, high - needed
     where = moment.replace("_", " ")
     if room < 0:
         outcome: Outcome = "does_not_fit"

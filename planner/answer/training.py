@@ -45,13 +45,13 @@ class TrainingEstimate:
 
     @property
     def peak_reserved(self) -> int:
-        """What torch.cuda.max_memory_reserved() reads, in bytes: the centre of a band."""
-        return self.memory.peak_allocated + self.terms[0].bytes
+        """What torch.cuda.max_memory_reserved() reads, in bytes: the centre of a band, cut at the capacity."""
+        return min(self.memory.peak_allocated + self.terms[0].bytes, max(self.capacity, self.memory.peak_allocated))
 
     @property
     def device_used(self) -> int:
         """What nvidia-smi shows, in bytes: the centre of a band."""
-        return self.memory.peak_allocated + sum(term.bytes for term in self.terms)
+        return self.peak_reserved + sum(term.bytes for term in self.terms[1:])
 
     def to_dict(self) -> dict[str, Any]:
         """The answer as plain data: bytes as integers, nothing rounded."""

@@ -21,6 +21,7 @@ import numpy as np
 from planner.errors import NotCovered
 from planner.ledger.norm import normalise
 from planner.ledger.operations import Operations
+from planner.ledger.prompt_tuning import extend_with_prefix
 from planner.ledger.tape import Tensor
 from planner.model.shape import Attention, ModelShape
 
@@ -52,6 +53,8 @@ def attend(
     query, key, value, gate = _projections(t, spec, x, context)
     if spec.rotary_dim:
         query, key = rotate_both(t, spec, query, key)
+    if t.past is not None:
+        key, value = extend_with_prefix(t, key, value)
     result, weights = _core(t, spec, query, key, value)
     if gate is not None:
         result = t.mul(result, t.map("sigmoid", gate, saves="output"))
@@ -136,15 +139,13 @@ def rotate_both(t: Operations, spec: Attention, query: Tensor, key: Tensor) -> t
     """Both rotated; what they were before lives until both are done, as the arguments of a function do."""
     t.module = "rotary"
     dtype = query.dtype
+    shared = t.rotary
     if t.family in _REPEATS_TABLES:
-        shared = t.rotary
         t.rotary = tuple(t.constant("repeat_interleave", table.dims, table.dtype) for table in shared)
-        rotated = rotate(t, spec, query), rotate(t, spec, key)
-        t.rotary = shared
-        return rotated
     if t.family in _UPCASTS_QUERIES:
         query, key = t.to(query, "fp32"), t.to(key, "fp32")
     query, key = rotate(t, spec, query), rotate(t, spec, key)
+    t.rotary = shared
     return t.to(query, dtype), t.to(key, dtype)
 
 
@@ -166,8 +167,21 @@ def _concatenates(t: Operations, spec: Attention) -> bool:
 
 
 def turn(t: Operations, spec: Attention, x: Tensor) -> Tensor:
+    if t.family in _TURNS_HALVES:
+        return _halves_turned(t, spec, x)
     cos, sin = t.rotary
     return t.add(t.mul(x, cos, x.dims), t.mul(_rotate_half(t, spec, x), sin, x.dims))
+
+
+def _halves_turned(t: Operations, spec: Attention, x: Tensor) -> Tensor:
+    """cat(a cos - b sin, b cos + a sin) of the two halves of each head, laid out heads first (gpt-oss)."""
+    cos, sin = t.rotary
+    (x,) = t.apply("transpose", [x], [(x.dims, x.dtype)], view=True, copies=True)
+    half = (*x.dims[:-1], t.dim("R/2", spec.rotary_dim // 2))
+    first, second = t.split(x, [half, half])
+    first_ = t.apply("sub", [t.mul(first, cos, half), t.mul(second, sin, half)], [(half, x.dtype)], alias=[True, False])
+    second_ = t.add(t.mul(second, cos, half), t.mul(first, sin, half))
+    return t.cat([first_[0], second_], x.dims)
 
 
 def _rotate_half(t: Operations, spec: Attention, x: Tensor) -> Tensor:
@@ -202,7 +216,7 @@ def shared_masks(t: Operations, shape: ModelShape, dtype: str) -> None:
     for block in dict.fromkeys(shape.blocks):
         if isinstance(block.mixer, Attention):
             if t.family != "mpt":
-                _mask(t, block.mixer, "S", "S", dtype)
+                _mask(t, block.mixer, "S", "v+S" if t.method.name == "prefix" else "S", dtype)
             else:
                 t.shared("alibi", (t.dim("A", block.mixer.heads), "1", t.dim("positions", t.positions)), "fp32")
                 t.shared("boolean mask", ("B", "1", "S", "S"), "bool")
@@ -214,8 +228,8 @@ def _mask(t: Operations, spec: Attention, queries: str, keys: str, dtype: str) -
         return _falcon_mask(t, spec, keys, dtype)
     if t.attention == "flash" or spec.cross or (not spec.causal and window is None):
         return None
-    if t.attention != "eager" and window is None:
-        return None
+    if t.attention != "eager" and window is None and keys == queries:
+        return None  # square: the kernel's own causal form will do
     name = (t.attention, f"{window} {queries} {keys}")
     known = t.masks.get(name)
     if known is None:
@@ -430,7 +444,7 @@ def _repeated(t: Operations, x: Tensor, heads: str) -> Tensor:
 
 def _dense(t: Operations, spec: Attention, x: Tensor, *, rotated: bool = True) -> Tensor:
     """x as a batched product wants it: heads before positions. Projections are laid out the other way around."""
-    if rotated and _concatenates(t, spec):
+    if rotated and (_concatenates(t, spec) or t.family in _TURNS_HALVES):
         return x
     return t.copy(x, operator="dense")
 
@@ -454,7 +468,9 @@ def _eager(
         weights = t.scale(weights)
     if mask is not None:
         weights = t.add(weights, mask)
-    if t.family in _SOFTMAX_IN_PLACE_FORMAT:
+    if spec.sinks:
+        weights = _softmax_with_sink(t, spec, weights)
+    elif t.family in _SOFTMAX_IN_PLACE_FORMAT:
         weights = t.to(t.map("softmax", weights, saves="output"), value.dtype)  # autocast's softmax gives fp32
     else:
         weights = t.softmax_fp32(weights)
@@ -465,11 +481,26 @@ def _eager(
     return t.view(result, (batch, sequence, merged_width(t, spec))), weights
 
 
-_ALWAYS_CONCATENATES = frozenset({"gpt_neox", "phi", "phi3", "stablelm", "nemotron", "glm", "glm4"})
-_FP32_TABLES = frozenset({"olmo", "olmo2", "olmo3"})
+def _softmax_with_sink(t: Operations, spec: Attention, weights: Tensor) -> Tensor:
+    """Softmax over the scores and one learned logit of each head, which is then cut off (modeling_gpt_oss.py)."""
+    sink = t.weight(f"{spec.names[0].rpartition('.')[0]}.{spec.sinks_name}", (weights.dims[1],))
+    wider = (*weights.dims[:3], t.dim(f"{weights.dims[3]}+1", t.sizes[weights.dims[3]] + 1))
+    row = (*weights.dims[:3], "1")
+    (both,) = t.apply("cat", [weights, sink], [(wider, weights.dtype)], alias=[True, False])
+    (most,) = t.apply("max", [both], [(row, both.dtype)], extra_saved=[(row, "int64")])
+    (both,) = t.apply(
+        "sub", [both, most], [(wider, both.dtype)], alias=[True, False], raw_gradients=[None, (wider, both.dtype)]
+    )
+    both = t.map("softmax", both, saves="output")
+    return t.slices(both, [weights.dims])[0]
+
+
+_ALWAYS_CONCATENATES = frozenset({"gpt_neox", "phi", "phi3", "stablelm", "nemotron", "glm", "glm4", "minimax_m2"})
+_FP32_TABLES = frozenset({"olmo", "olmo2", "olmo3", "ernie4_5_moe"})
 _TWO_TABLES = frozenset({"gemma3_text", "olmo3"})  # one for sliding layers, one for the others
-_REPEATS_TABLES = frozenset({"glm", "glm4"})  # each layer spreads cos and sin over pairs for itself
-_UPCASTS_QUERIES = frozenset({"cohere", "cohere2"})  # queries and keys are rotated in fp32
+_REPEATS_TABLES = frozenset({"glm", "glm4", "ernie4_5_moe"})  # each layer spreads cos and sin over pairs for itself
+_UPCASTS_QUERIES = frozenset({"cohere", "cohere2", "ernie4_5_moe"})  # queries and keys are rotated in fp32
 _SLICED = frozenset({"phi3"})  # cut the fused projection by slices, each with a gradient of the full size
 _SCALES_QUERIES = frozenset({"opt"})  # scale queries by themselves, before the product
 _SOFTMAX_IN_PLACE_FORMAT = frozenset({"gpt2"})  # softmax in the scores' own format
+_TURNS_HALVES = frozenset({"gpt_oss"})  # rotates halves by themselves and puts them together

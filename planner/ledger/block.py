@@ -5,6 +5,7 @@ from __future__ import annotations
 from planner.errors import NotCovered
 from planner.ledger.attention import attend
 from planner.ledger.attention_families import OWN_ATTENTION
+from planner.ledger.bottleneck import ADAPTER_NAMES, bottleneck
 from planner.ledger.latent_attention import attend_latent
 from planner.ledger.mlp import feed_forward
 from planner.ledger.moe import mixture_of_experts
@@ -45,7 +46,9 @@ def _sequential(t: Operations, block: Block, x: Tensor) -> Tensor:
     residual = x
     x = normalise(t, block.norm, block.norm_names[0], x)
     x, _weights = mix(t, block.mixer, x)
-    x = t.add(residual, _branch(t, block, x, mixer=True))
+    x = _branch(t, block, x, mixer=True)
+    _mixed = x if t.family in _NAMES_MIXED else None
+    x = t.add(residual, x)
     residual = x
     x = normalise(t, block.norm, block.norm_names[1], x)
     x = transform(t, block.ffn, x)
@@ -121,11 +124,16 @@ def _single(t: Operations, block: Block, x: Tensor) -> Tensor:
 
 
 def _branch(t: Operations, block: Block, x: Tensor, *, mixer: bool = False) -> Tensor:
-    """What happens to a branch before it is added: dropout, or a constant factor."""
+    """What happens to a branch before it is added: a constant factor, dropout, a bottleneck adapter."""
     if block.branch_scaled:
         x = t.scale(x)
-    return t.dropout(x, block.dropout) if block.mixer_dropout or not mixer else x
+    x = t.dropout(x, block.dropout) if block.mixer_dropout or not mixer else x
+    if t.method.name == "adapter":
+        x = bottleneck(t, t.method, ADAPTER_NAMES[0 if mixer else 1], x)
+    return x
 
+
+_NAMES_MIXED = frozenset({"gpt2"})  # attn_output, a local variable of the block's forward, lives to its end
 
 _RESIDUALS = {
     "sequential": _sequential,

@@ -23,6 +23,9 @@ def embed(t: Operations, spec: Embedding, batch: str = "B", sequence: str = "S")
     if t.inputs_require_grad:
         x.requires_grad = True
         t.hold(x)  # a leaf: the graph refers to it to the end
+    if t.virtual is not None:
+        x = t.virtual(t, x)
+        t.model_locals[:] = [x.storage]
     if spec.scaled:
         x = t.scale(x)
     if spec.types:
@@ -34,6 +37,8 @@ def embed(t: Operations, spec: Embedding, batch: str = "B", sequence: str = "S")
         places = t.weight(f"{spec.position_name}.weight", (t.dim("positions", spec.positions), size))
         (place,) = t.apply("embedding", [places], [((t.position_batch(batch), sequence, size), places.dtype)])
         x = t.add(x, place)
+        if not spec.types:
+            t.model_locals.append(place.storage)  # a variable of the model's forward, where decoders add it
         del place
     x = normalise(t, spec.norm, spec.norm_name, x)
     x = t.dropout(x, spec.dropout)

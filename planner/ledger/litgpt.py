@@ -10,7 +10,9 @@ Letters: B batch, S sequence, H hidden, A query heads, K key/value heads, D head
 
 from __future__ import annotations
 
-from planner.ledger.attention import core, merged_width
+from dataclasses import replace
+
+from planner.ledger.attention import attend_fused, merged_width
 from planner.ledger.mlp import activate
 from planner.ledger.norm import normalise
 from planner.ledger.operations import Operations
@@ -55,9 +57,21 @@ def _attend(t: Operations, spec: Attention, x: Tensor) -> Tensor:
     key_roped = _rotate(t, spec, key)
     query = _cat_rest(t, spec, query_roped, query)
     key = _cat_rest(t, spec, key_roped, key)
-    y = core(t, spec, query, key, value)
+    equal = replace(spec, kv_heads=spec.heads)
+    y = _softcapped(t, query, key, value) if spec.softcap else attend_fused(t, equal, query, key, value)
     y = t.view(y, (batch, sequence, merged_width(t, spec)))
     return t.linear(spec.out_name, y, x.dims[-1], bias=spec.out_bias)
+
+
+def _softcapped(t: Operations, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Scores in memory, capped by tanh, masked, softmax in fp32: CausalSelfAttention.scaled_dot_product_attention."""
+    batch, heads, sequence, size = query.dims
+    scores = t.scale(t.matmul(query, key, (batch, heads, sequence, sequence)))
+    scores = t.scale(t.map("tanh", t.scale(scores, "div"), saves="output"))
+    mask = t.constant("mask", (sequence, sequence), scores.dtype)
+    scores = t.add(scores, mask)
+    scores = t.softmax_fp32(scores)
+    return t.copy(t.matmul(scores, value, (batch, heads, sequence, size)))
 
 
 def _rotate(t: Operations, spec: Attention, x: Tensor) -> Tensor:
@@ -114,7 +128,8 @@ def _qkv(t: Operations, spec: Attention, x: Tensor) -> Tensor:
     if not all(enabled):
         update = t.copy(update)
         dims = (*x.dims[:-1], wide)
-        update = t.apply("index_copy", [update], [(dims, update.dtype)], scratch=[(dims, update.dtype)])[0]
+        filled = t.apply("index_copy", [update], [(dims, update.dtype)], saves=[update], scratch=[(dims, update.dtype)])
+        update = filled.pop()
     update = t.scale(update, "scaling")
     return t.add(pretrained, update)
 

@@ -107,4 +107,4 @@ def _inverse_rms(t: Operations, hidden: Tensor) -> Tensor:
     return t.map("rsqrt", t.scale(mean, "add scalar"), saves="output")
 
 
-_WEIGHS_IN_FP32 = frozenset({"olmo2", "olmo3", "flex_olmo"})  # the weight meets the fp32 value, before the cast
+_WEIGHS_IN_FP32 = frozenset({"olmo2", "olmo3", "flex_olmo", "gpt_oss"})  # the weight meets the fp32 value, before the cast

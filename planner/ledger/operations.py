@@ -44,6 +44,10 @@ class Operations(Tape):
     quantized: Callable[[str], bool] = lambda _: False
     adapter: Callable[[Operations, str, Tensor, str, Tensor], Tensor] | None = None
     method: Method = field(default_factory=Method)
+    prepare: Callable[[Operations, str, Tensor], tuple[Tensor, Tensor] | None] | None = None  # what scales a linear's input
+    virtual: Callable[[Operations, Tensor], Tensor] | None = None  # puts virtual tokens before the embedded text
+    past: tuple[Tensor, Tensor] | None = None  # keys and values that the running block finds in the cache
+    cache: list[Storage] = field(default_factory=list)  # keys and values that a cache keeps until the loss is there
     targeted: Callable[[str], bool] = lambda _: False  # whether a linear carries an adapter
     prefix: str = ""
     unpacked: str = "bf16"  # what 4-bit weights are multiplied in outside autocast
@@ -80,6 +84,10 @@ class Operations(Tape):
             self.parameters.append(known)
         return known
 
+    def known_weight(self, name: str) -> Parameter | None:
+        """The parameter `name` of the running block, if it has been declared."""
+        return self._known.get(self.prefix + name)
+
     def cast(self, weight: Parameter) -> Tensor:
         """autocast's copy of a weight in the compute format, kept in its cache until the forward pass ends.
 
@@ -107,6 +115,9 @@ class Operations(Tape):
         self.module = name
         weight = self.weight(name + ".weight", (out, x.dims[-1]))
         offset = self.weight(name + ".bias", (out,)) if bias else None
+        scaled = None if self.prepare is None else self.prepare(self, name, x)
+        if scaled is not None:
+            x = scaled[0]
         if self.quantized(name):
             result = self._linear_4bit(weight, offset, x, out)
         else:
@@ -148,7 +159,7 @@ class Operations(Tape):
 
     def _linear_4bit(self, weight: Parameter, bias: Parameter | None, x: Tensor, out: str) -> Tensor:
         """bitsandbytes autograd/_functions.py MatMul4Bit: unpacks the weight for the product and again for its
-        gradient; saves nothing. Unpacking takes the block scales in fp32, where they are quantised themselves, and
+        gradient; saves nothing (up to 0.42, its input). Unpacking takes the block scales in fp32, where they are quantised themselves, and
         makes the format that the weight was packed from, which is then cast."""
         compute = self.compute or self.unpacked
         inner = self.to(x, compute)
@@ -166,6 +177,7 @@ class Operations(Tape):
             "linear 4-bit",
             inputs,
             [((*x.dims[:-1], out), compute)],
+            saves=[inner if self.profile.packed_saves_input else None],
             scratch=[copy],
             backward_first=first,
             backward_scratch=[copy],

@@ -31,6 +31,7 @@ class Profile:
     expert_modules: each routed expert is a module with linears of its own.
     reentrant: which form of torch's checkpoint recomputes a block.
     packs_from: the format that weights are in when they are packed to 4 bits; None means their own.
+    packed_saves_input: products with 4-bit weights keep their input (bitsandbytes up to 0.42).
     adapters_follow_weights: adapters are in the base weights' format; otherwise as the plan says.
     """
 
@@ -52,6 +53,7 @@ class Profile:
     expert_modules: bool = False
     reentrant: bool = False
     native_rope_fp32: bool = False
+    packed_saves_input: bool = False
     adapters_follow_weights: bool = False
     packs_from: str | None = None
     source: str = ""
@@ -104,6 +106,7 @@ _PROFILES: dict[str, tuple[Profile, ...]] = {
             name="litgpt",
             version="0.4",
             packs_from="fp16",
+            packed_saves_input=True,
             grouped_attention=False,
             loss="litgpt_chunks",
             full_loss="litgpt_flat",

@@ -100,6 +100,8 @@ class StepRecord:
 def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
     """Record one pass. Raises NotCovered when the model has a part whose activations are not in the ledger."""
     t = _tape(setting)
+    if setting.attention == "sdpa" and any(isinstance(b.mixer, Attention) and b.mixer.sinks for b in shape.blocks):
+        t.attention = "eager"  # what transformers falls back to: _supports_sdpa is False for models with sinks
     if setting.gathering is not None:
         tensors = state_tensors(shape, setting.method, setting.precision)
         t.units[0] = unit_of([tensor for tensor in tensors if tensor.unit == "root"], setting)

@@ -335,12 +335,13 @@ def replay_training_step(
             stepper.zero_grad(set_to_none)
             memory.mark("steady")
 
-    def wrap(model: torch.nn.Module) -> torch.nn.Module:
-        assert isinstance(sharding, Sharding)
-        trained[0] = shard(model, sharding)
-        return trained[0]
+    with one_rank_of(sharding.ranks) if sharding is not None else nullcontext() as mesh:
 
-    with one_rank_of(sharding.ranks) if sharding is not None else nullcontext():
+        def wrap(model: torch.nn.Module) -> torch.nn.Module:
+            assert isinstance(sharding, Sharding) and mesh is not None
+            trained[0] = shard(model, sharding, mesh)
+            return trained[0]
+
         return replay(
             step,
             model=model,

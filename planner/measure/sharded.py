@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from planner.errors import NotCovered, PlanError, nearest
 
@@ -45,8 +46,11 @@ class Sharding:
 
 
 @contextmanager
-def one_rank_of(ranks: int) -> Iterator[None]:
-    """For its duration, this process is rank 0 of a default process group of `ranks` whose collectives do nothing."""
+def one_rank_of(ranks: int) -> Iterator[DeviceMesh]:
+    """For its duration, this process is rank 0 of a default process group of `ranks` whose collectives do nothing.
+
+    Yields the group's mesh, whose own little tensors are real ones.
+    """
     import torch.distributed._tools.fake_collectives  # noqa: F401 (registers the collectives for fake tensors)
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -54,14 +58,14 @@ def one_rank_of(ranks: int) -> Iterator[None]:
         raise PlanError("a sharded dry run needs a process without a process group of its own.")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
-        yield
+        yield dist.device_mesh.init_device_mesh("cpu", (ranks,))
     finally:
         dist.destroy_process_group()
 
 
-def shard(model: torch.nn.Module, sharding: Sharding) -> torch.nn.Module:
+def shard(model: torch.nn.Module, sharding: Sharding, mesh: DeviceMesh) -> torch.nn.Module:
     """`model` as this rank trains it. Called under the fake mode, inside `one_rank_of`."""
-    return {"ddp": _ddp, "fsdp1": _fsdp1, "fsdp2": _fsdp2}[sharding.engine](model, sharding)
+    return {"ddp": _ddp, "fsdp1": _fsdp1, "fsdp2": _fsdp2}[sharding.engine](model, sharding, mesh)
 
 
 def _blocks(model: torch.nn.Module, sharding: Sharding) -> list[torch.nn.Module]:
@@ -76,15 +80,15 @@ def _blocks(model: torch.nn.Module, sharding: Sharding) -> list[torch.nn.Module]
     return found
 
 
-def _ddp(model: torch.nn.Module, sharding: Sharding) -> torch.nn.Module:
-    return torch.nn.parallel.DistributedDataParallel(model)
+def _ddp(model: torch.nn.Module, sharding: Sharding, mesh: DeviceMesh) -> torch.nn.Module:
+    return torch.nn.parallel.DistributedDataParallel(model, init_sync=False)
 
 
-def _fsdp2(model: torch.nn.Module, sharding: Sharding) -> torch.nn.Module:
+def _fsdp2(model: torch.nn.Module, sharding: Sharding, mesh: DeviceMesh) -> torch.nn.Module:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     settings: dict[str, Any] = {
-        "mesh": dist.device_mesh.init_device_mesh("cpu", (sharding.ranks,)),
+        "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=sharding.param_dtype, reduce_dtype=sharding.reduce_dtype),
     }
     for block in _blocks(model, sharding):
@@ -93,7 +97,7 @@ def _fsdp2(model: torch.nn.Module, sharding: Sharding) -> torch.nn.Module:
     return model
 
 
-def _fsdp1(model: torch.nn.Module, sharding: Sharding) -> torch.nn.Module:
+def _fsdp1(model: torch.nn.Module, sharding: Sharding, mesh: DeviceMesh) -> torch.nn.Module:
     from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
     from torch.distributed.fsdp.wrap import CustomPolicy
 

@@ -150,11 +150,11 @@ def serving_memory(plan: ServingPlan, shape: ModelShape, device: Device) -> Serv
     breakdown = {"weights": stage.weights, "kv_cache": answer.cache, "activations": peak}
     breakdown.update({term.name: term.bytes for term in rule.terms})
     used = sum(breakdown.values())
-    growth, fixed = affine_bytes(layers)
+    growth, fixed = affine_bytes(stage.layers)
     pool = max(0, answer.room)
     return ServingMemory(
         weights=stage.weights,
-        kv_cache_bytes_per_token=token_bytes(layers),
+        kv_cache_bytes_per_token=token_bytes(stage.layers),
         kv_cache_growth_per_token=growth,
         kv_cache_fixed_per_sequence=fixed,
         kv_cache=answer.cache,
@@ -319,4 +319,6 @@ def _warnings(
         )
     if not fits and concurrent == 0 and longest > 0:
         found.append(f"not one sequence of {context} tokens fits; {longest} tokens would, at the plan's concurrency")
+    if not fits and longest == 0:
+        found.append("weights and what the engine needs leave no room for a single token of cache")
     return tuple(found)

@@ -1,7 +1,7 @@
 """Bytes of a model's weights as a serving engine holds them: by format, by tensor-parallel rank, by pipeline stage.
 
-What stays wide. Embeddings, the output projection, norms, biases, routers, convolutions and further towers keep 16
-bits in every format but GGUF, whose recipes reach them too (`planner.memory.gguf_recipe`).
+What stays wide. Embeddings, the output projection, norms, biases, routers, convolutions and vision or audio towers
+keep 16 bits in every format but GGUF, whose recipes reach them too (`planner.memory.gguf_recipe`).
 
 How tensor parallelism divides (Megatron-LM, arXiv:1909.08053, and vLLM's layers, read in 0.33):
 
@@ -103,10 +103,14 @@ def serving_weights(
     head = shape.head
     after = tuple(f"{part}." for part in (head.name, head.norm_name, head.projection_name) if part) if head else ()
     table = f"{shape.embedding.name}.weight" if shape.embedding is not None and head is not None and head.tied else ""
+    encoders = {tower.name: tower.blocks for tower in shape.towers if tower.role in ("encoder", "text")}
     for group in model_weights(shape):
         if group.layers and group.prefix == shape.prefix:
-            for layer, size in form.blocks(group):
+            for layer, size in form.blocks(group, shape.blocks[group.layers[0]]):
                 layers[layer] += size
+            continue
+        if group.layers and group.prefix in encoders:
+            first += sum(size for _, size in form.blocks(group, encoders[group.prefix][group.layers[0]]))
             continue
         for weight in group.weights:
             size = group.repeat * form.outside(weight)
@@ -197,9 +201,8 @@ class _Forms:
             return self._matrix(sizes)  # bitsandbytes replaces every nn.Linear but the output projection
         return prod(sizes) * BITS[self.wide] // 8
 
-    def blocks(self, group: WeightGroup) -> Iterator[tuple[int, int]]:
-        """(layer, bytes) for every block of a group of equal ones."""
-        block = self.shape.blocks[group.layers[0]]
+    def blocks(self, group: WeightGroup, block: Block) -> Iterator[tuple[int, int]]:
+        """(layer, bytes) for every block of a group of blocks equal to `block`."""
         if not self.gguf:
             size = sum(self._in_block(weight, block) for weight in group.weights)
             for layer in group.layers:
@@ -253,7 +256,7 @@ class _Forms:
     def _gguf(self, role: GgufRole, sizes: tuple[int, ...], layer: int) -> int:
         assert self.recipe is not None, "only GGUF files have recipes"
         *rows, inner = sizes
-        index = self.value_index[layer] if self.value_index else 0
+        index = self.value_index[layer] if layer < len(self.value_index) else layer
         wanted = block_format_of(self.name, role, layer, index, self.recipe)
         return prod(rows) * row_bytes(block_format_fitting(wanted, inner), inner)
 

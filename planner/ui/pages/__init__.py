@@ -1,0 +1,1 @@
+"""Pages, one file each, run by streamlit as scripts; importing one runs it."""
