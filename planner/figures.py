@@ -56,7 +56,8 @@ PALETTE: Mapping[str, Paint] = {
 }
 _OTHER = Paint(colour=_GREY, pattern=".")
 _FONT = "Source Sans, Source Sans Pro, Helvetica, Arial, sans-serif"
-_LINE = "#808080"  # a contrast of 3.9 on white and 4.9 on the dark theme's ground
+_LINE = "#808080"  # a contrast of 3.9 on white and 4.6 on the dark theme's ground
+_VISIBLE_SHARE = 0.002  # less than a pixel or two of the bar's width: left to the table
 
 
 def memory_bar(answer: Answer, unit: Unit = "GiB", *, title: str = "") -> Figure:
@@ -68,12 +69,17 @@ def memory_bar(answer: Answer, unit: Unit = "GiB", *, title: str = "") -> Figure
     parts = _parts(memory)
     used, capacity = sum(parts.values()), memory["capacity"]
     scale = max(used, capacity)
-    figure = _figure(height=210, title=title)
+    figure = _figure(height=250, title=title)
     for name, size in parts.items():
-        figure.add_bar(**_bar(name, [size], [""], unit), text=[f"{_words(name)}<br>{format_bytes(size, unit)}"], **_INSIDE)
+        figure.add_bar(
+            **_bar(name, [size], [""], unit),
+            **_INSIDE,
+            text=[f"{_words(name)}<br>{format_bytes(size, unit)}"],
+            showlegend=size / scale >= _VISIBLE_SHARE,
+        )
     _capacity_line(figure, capacity, unit)
     _size_axis(figure, scale * 1.06, unit)
-    figure.update_layout(margin={"t": 54 if not title else 84}, yaxis={"visible": False})
+    figure.update_layout(margin={"t": 28 if not title else 58}, yaxis={"visible": False}, bargap=0.1)
     return figure
 
 
@@ -168,7 +174,13 @@ def _bar(name: str, sizes: Sequence[int], labels: Sequence[str], unit: Unit) -> 
         "marker": {
             "color": paint.colour,
             "line": {"width": 1, "color": "rgba(255,255,255,0.7)"},
-            "pattern": {"shape": paint.pattern, "fgcolor": "rgba(255,255,255,0.65)", "size": 7, "solidity": 0.25},
+            "pattern": {
+                "shape": paint.pattern,
+                "bgcolor": paint.colour,
+                "fgcolor": "rgba(255,255,255,0.75)",
+                "size": 7,
+                "solidity": 0.25,
+            },
         },
         "textfont": {"color": "#ffffff" if dark else "#101010", "size": 13},
         "customdata": [format_bytes(size, unit) for size in sizes],
@@ -188,7 +200,15 @@ def _figure(*, height: int, title: str) -> Figure:
             "margin": {"l": 8, "r": 16, "t": 44 if title else 12, "b": 8},
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "rgba(0,0,0,0)",
-            "legend": {"orientation": "h", "y": -0.28, "yanchor": "top", "x": 0, "traceorder": "normal"},
+            "legend": {
+                "orientation": "h",
+                "traceorder": "normal",
+                "yref": "container",
+                "y": 0,
+                "yanchor": "bottom",
+                "x": 0,
+                "font": {"size": 12},
+            },
             "hoverlabel": {"font": {"family": _FONT}},
             "dragmode": False,
             "uniformtext": {"mode": "hide", "minsize": 11},  # segments too narrow for their label leave it to the legend

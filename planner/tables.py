@@ -13,7 +13,7 @@ from planner.units import format_bytes, format_share
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["MEANINGS", "breakdown_frame", "breakdown_text", "moments_frame", "states_frame"]
+__all__ = ["MEANINGS", "breakdown_frame", "breakdown_text", "moments_frame", "states_frame", "words"]
 
 Answer = Mapping[str, Any]
 Unit = Literal["GiB", "GB"]
@@ -58,12 +58,20 @@ def breakdown_frame(answer: Answer) -> DataFrame:
 
 
 def breakdown_text(answer: Answer, unit: Unit = "GiB") -> DataFrame:
-    """`breakdown_frame` for people: sizes with their unit, shares in per cent, and the three figures tools read."""
+    """`breakdown_frame` for people: sizes with their unit, shares in per cent, and each figure that a tool reads
+    (`peak_allocated`, `peak_reserved`, `device_used`) below the parts that it is the sum of."""
     from pandas import DataFrame
 
     memory = answer["memory"]
-    rows = [(_words(str(name)), size) for name, size in breakdown_frame(answer)["bytes"].items()]
-    rows += [(name, memory[name]) for name in ("peak_allocated", "peak_reserved", "device_used") if memory.get(name)]
+    sums_after = {"allocator_slack": "peak_reserved"}
+    rows: list[tuple[str, int]] = []
+    for name, size in breakdown_frame(answer)["bytes"].items():
+        if name in sums_after and memory.get("peak_allocated") is not None:
+            rows.append(("= peak_allocated", memory["peak_allocated"]))
+        rows.append((words(str(name)), size))
+        if name in sums_after and memory.get("peak_reserved") is not None:
+            rows.append(("= peak_reserved", memory["peak_reserved"]))
+    rows.append(("= device_used", memory["device_used"]))
     return DataFrame(
         {
             "part": [name for name, _ in rows],
@@ -89,5 +97,10 @@ def states_frame(states: Mapping[str, Mapping[str, int]]) -> DataFrame:
     return frame.assign(total=frame.sum(axis=1))
 
 
-def _words(name: str) -> str:
+def words(name: str) -> str:
+    """A category's name as a person writes it.
+
+    >>> words("cuda_context"), words("optimizer_states")
+    ('CUDA context', 'optimizer states')
+    """
     return name.replace("_", " ").replace("cuda", "CUDA").replace("nccl", "NCCL").replace("kv ", "KV ")

@@ -7,29 +7,37 @@ from planner.ledger.attention import attend
 from planner.ledger.attention_families import OWN_ATTENTION
 from planner.ledger.bottleneck import ADAPTER_NAMES, bottleneck
 from planner.ledger.latent_attention import attend_latent
+from planner.ledger.linear_attention import mix_by_delta_rule
 from planner.ledger.mlp import feed_forward
 from planner.ledger.moe import mixture_of_experts
 from planner.ledger.norm import normalise
 from planner.ledger.operations import Operations
 from planner.ledger.tape import Tensor
-from planner.model.shape import Attention, Block, LatentAttention, Mixer, Mlp, Moe
+from planner.model.shape import Attention, Block, GatedDeltaNet, LatentAttention, Mixer, Mlp, Moe
 
 __all__ = ["run_block"]
 
 
 def run_block(t: Operations, block: Block, x: Tensor) -> Tensor:
     """The block's output for input x, (B, S, H)."""
-    return _RESIDUALS[block.residual](t, block, x)
+    result = _RESIDUALS[block.residual](t, block, x)
+    del t.returned[:-1]
+    return result
 
 
 def mix(t: Operations, mixer: Mixer | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """The token mixer's branch, and what else the module returns, which a local variable of the block keeps."""
     if isinstance(mixer, Attention) and t.family in OWN_ATTENTION:
-        return OWN_ATTENTION[t.family](t, mixer, x, x.dims[-1])
+        result, weights = OWN_ATTENTION[t.family](t, mixer, x, x.dims[-1])
+        if weights is not None and not t.nested:
+            t.returned.append(weights)  # the block returns them, and the model holds them while the next block runs
+        return result, weights
     if isinstance(mixer, Attention):
         return attend(t, mixer, x, x.dims[-1])
     if isinstance(mixer, LatentAttention):
         return attend_latent(t, mixer, x, x.dims[-1]), None
+    if isinstance(mixer, GatedDeltaNet):
+        return mix_by_delta_rule(t, mixer, x, x.dims[-1]), None
     raise NotCovered(f"activations of {type(mixer).__name__} are not in the ledger.")
 
 

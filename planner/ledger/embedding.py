@@ -12,6 +12,8 @@ from planner.model.shape import Embedding
 
 __all__ = ["embed"]
 
+_SCALES_INSIDE = frozenset({"gemma", "gemma2", "gemma3_text"})  # the embedding module multiplies, not the model
+
 
 def embed(t: Operations, spec: Embedding, batch: str = "B", sequence: str = "S") -> Tensor:
     """Hidden states (B, S, H) of token ids. A trained table's gradient is dense, (V, H) (embedding_dense_backward)."""
@@ -19,6 +21,9 @@ def embed(t: Operations, spec: Embedding, batch: str = "B", sequence: str = "S")
     t.module = spec.name
     table = t.weight(f"{spec.name}.weight", (rows, size))
     (x,) = t.apply("embedding", [table], [((batch, sequence, size), table.dtype)])
+    inside = spec.scaled and t.family in _SCALES_INSIDE
+    if inside:
+        x = t.scale(x)
     t.model_locals.append(x.storage)  # the model's `inputs_embeds`
     if t.inputs_require_grad:
         x.requires_grad = True
@@ -26,8 +31,9 @@ def embed(t: Operations, spec: Embedding, batch: str = "B", sequence: str = "S")
     if t.virtual is not None:
         x = t.virtual(t, x)
         t.model_locals[:] = [x.storage]
-    if spec.scaled:
+    if spec.scaled and not inside:
         x = t.scale(x)
+        t.model_locals[:] = [x.storage]
     if spec.types:
         types = t.weight(f"{spec.type_name}.weight", (t.dim("types", spec.types), size))
         (kind,) = t.apply("embedding", [types], [((batch, sequence, size), types.dtype)])

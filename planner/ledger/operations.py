@@ -60,6 +60,10 @@ class Operations(Tape):
     )  # local variables of the model's forward, around the blocks
     profile: Profile = field(default_factory=lambda: profile_named("transformers"))
     attention: str = "sdpa"
+    tensor: int = 1  # ranks of the tensor-parallel group; sizes are one rank's already
+    sequence_parallel: bool = False
+    selective: bool = False  # the attention core alone runs again in backward
+    returned: list[Tensor] = field(default_factory=list)  # attention weights that the last block handed to the model
     recomputes: bool = False  # blocks are recomputed, with the tables and masks that they were called with
     positions: int = 0  # the longest sequence that the model is made for
     family: str = ""  # the model_type, for what its reference modules do their own way

@@ -70,6 +70,15 @@ _UPCAST_AT_ONCE = ("gptj", "codegen")
 _LOSSES_OF_4 = (*((name, "shift") for name in _NO_UPCAST), *((name, "float_at_once") for name in _UPCAST_AT_ONCE))
 
 _PROFILES: dict[str, tuple[Profile, ...]] = {
+    "megatron": (
+        Profile(
+            name="megatron",
+            version="3.0",
+            fused_norm=True,
+            reentrant=True,
+            source="Korthikanti et al. 2022 (arXiv:2205.05198) and Megatron-LM 3.0: see planner/ledger/megatron.py",
+        ),
+    ),
     # newest first
     "transformers": (
         Profile(

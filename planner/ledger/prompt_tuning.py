@@ -21,7 +21,7 @@ from planner.ledger.tape import Storage, Tensor
 from planner.model.shape import Attention, ModelShape
 from planner.plan import Method
 
-__all__ = ["extend_with_prefix", "make_prefix", "prepend_prompt", "prefix_width"]
+__all__ = ["PROMPT_TABLE", "extend_with_prefix", "make_prefix", "prepend_prompt", "prefix_width"]
 
 PROMPT_TABLE = "prompt_encoder.embedding.weight"
 
@@ -62,7 +62,7 @@ def prefix_width(shape: ModelShape) -> int:
     return widths.pop()
 
 
-def make_prefix(t: Operations, shape: ModelShape, dtype: str, caller: list[Storage]) -> list[tuple[Tensor, Tensor]]:
+def make_prefix(t: Operations, shape: ModelShape, dtype: str) -> list[tuple[Tensor, Tensor]]:
     """Keys and values, (B, K, v, D) each, for every layer of the model, in the format of its activations."""
     if t.recomputes:
         raise PlanError("method prefix does not work with recompute: peft refuses gradient checkpointing with a cache.")

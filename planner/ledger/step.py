@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from planner.errors import NotCovered, PlanError
 from planner.ledger import litgpt
-from planner.ledger.adapters import adapter_for, is_target
+from planner.ledger.adapters import adapter_for, is_target, preparation_for
 from planner.ledger.attention import rotary_tables, shared_masks
 from planner.ledger.attention_families import attention_of
 from planner.ledger.block import run_block
@@ -25,9 +26,10 @@ from planner.ledger.gathering import Gathering, ShardedOperations, Unit
 from planner.ledger.loss_head import loss_of
 from planner.ledger.norm import normalise
 from planner.ledger.operations import Operations
-from planner.ledger.parameters import StateTensor, block_tensors, state_tensors
+from planner.ledger.parameters import StateTensor, block_tensors, state_tensors, trained_around
 from planner.ledger.profile import Profile
-from planner.ledger.tape import Tensor
+from planner.ledger.prompt_tuning import make_prefix, prepend_prompt
+from planner.ledger.tape import Storage, Tensor
 from planner.model.shape import Attention, Block, LatentAttention, ModelShape
 from planner.plan import Method, Precision, Recompute
 
@@ -68,6 +70,8 @@ class Setting:
     hooked: bool = False
     offload_activations: bool = False
     gathering: Gathering | None = None
+    tensor: int = 1
+    sequence_parallel: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +103,7 @@ class StepRecord:
 
 def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
     """Record one pass. Raises NotCovered when the model has a part whose activations are not in the ledger."""
-    t = _tape(setting)
+    t = _tape(shape, setting)
     if setting.attention == "sdpa" and any(isinstance(b.mixer, Attention) and b.mixer.sinks for b in shape.blocks):
         t.attention = "eager"  # what transformers falls back to: _supports_sdpa is False for models with sinks
     if setting.gathering is not None:
@@ -107,7 +111,8 @@ def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
         t.units[0] = unit_of([tensor for tensor in tensors if tensor.unit == "root"], setting)
     t.begin("forward", 0)
     t.enter("forward", 0)
-    ids = t.constant("input_ids", ("B", "S"), "int64")
+    text = t.dim("text", setting.sequence_length) if setting.method.name == "prompt" else "S"
+    ids = t.constant("input_ids", ("B", text), "int64")
     if shape.embedding is not None:
         t.embedding_name = f"{shape.embedding.name}.weight"
     encoder = encoder_of(shape)
@@ -122,27 +127,36 @@ def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
     t.inputs_require_grad = (
         setting.method.name in ("lora", "qlora", "ia3", "adapter") and setting.recompute.mode != "none"
     )
-    x = embed(t, shape.embedding) if shape.embedding is not None else t.constant("input", ("B", "S", "H"), "fp32")
     t.family = shape.model_type
     t.attention = attention_of(t.family, t.attention)
     t.positions = shape.max_positions or 0
     t.recomputes = _recomputes(setting.recompute)
+    caller: list[Storage] = []  # local variables around the model's forward
+    if setting.method.name == "prompt":
+        t.virtual = partial(prepend_prompt, caller=caller)
+        x = embed(t, shape.embedding, sequence=text)
+    else:
+        x = embed(t, shape.embedding) if shape.embedding is not None else t.constant("input", ("B", "S", "H"), "fp32")
     _shared_tables(t, shape, x.dtype)
     shared_masks(t, shape, x.dtype)
+    past = make_prefix(t, shape, x.dtype) if setting.method.name == "prefix" else []
     flow = [x]
     del x
-    layers = _run_blocks(t, shape, setting, flow)
+    layers = _run_blocks(t, shape, setting, flow, past)
     head = max(layers, default=0) + 1
     t.prefix = ""
     t.begin("forward", head)
     assert shape.head is not None
     x = normalise(t, shape.head.norm, shape.head.norm_name, flow.pop())
     t.model_locals.clear()
+    t.returned.clear()
     if not _recomputes(setting.recompute):
         t.masks.clear()  # recomputed blocks keep the masks and tables that they were called with
         t.rotary = ()
     loss = loss_of(t, shape.head, x, setting.loss)
     del x
+    caller.clear()
+    t.cache.clear()
     live = [ids, loss]
     del ids, loss
     return _close(t, layers, head, live)
@@ -165,8 +179,11 @@ def _close(t: ShardedOperations, layers: Sequence[int], head: int, live: list[Te
     return _cut(t, tuple(layers), head, stashed)
 
 
-def _tape(setting: Setting) -> ShardedOperations:
+def _tape(shape: ModelShape, setting: Setting) -> ShardedOperations:
     precision, method = setting.precision, setting.method
+    around = trained_around(shape, method)
+    head = shape.head.name if shape.head is not None else ""
+    virtual = method.virtual_tokens if method.name == "prompt" else 0
     full = method.name == "full"
     packed = method.name == "qlora"
     base = "fp32" if packed and method.upcast and method.upcast_embeddings else precision.weights
@@ -180,7 +197,7 @@ def _tape(setting: Setting) -> ShardedOperations:
         base = precision.compute
     return ShardedOperations(
         gathering=gathering,
-        sizes={"1": 1, "B": setting.micro_batch_size, "S": setting.sequence_length},
+        sizes={"1": 1, "B": setting.micro_batch_size, "S": setting.sequence_length + virtual},
         accumulate=setting.accumulate and gathering is None,
         keeps_shares=not setting.accumulate,
         offloads=setting.offload_activations,
@@ -188,16 +205,20 @@ def _tape(setting: Setting) -> ShardedOperations:
         reentrant=setting.profile.reentrant,
         profile=setting.profile,
         attention=setting.attention,
+        tensor=setting.tensor,
+        sequence_parallel=setting.sequence_parallel,
+        selective=setting.recompute.mode == "selective",
         weight_dtype=lambda name: "fp32" if norms_upcast and ("norm" in name or ".ln_" in name) else base,
-        trainable=lambda _: full,
+        trainable=lambda name: full or name in around,
         compute=precision.compute if precision.autocast and not (gathering and gathering.casts) else None,
         unpacked=precision.compute,
         packed_from=setting.profile.packs_from or precision.weights,
         double_quantization=method.double_quantization,
         quantized=quantized,
         method=method,
-        targeted=lambda name: method.name in ("lora", "qlora") and is_target(method, name),
-        adapter=adapter_for(method),
+        targeted=lambda name: method.name in ("lora", "qlora") and is_target(method, name, head),
+        adapter=adapter_for(method, head),
+        prepare=preparation_for(method, head),
     )
 
 
@@ -232,11 +253,14 @@ def _shared_tables(t: Operations, shape: ModelShape, dtype: str) -> None:
             return
 
 
-def _run_blocks(t: ShardedOperations, shape: ModelShape, setting: Setting, flow: list[Tensor]) -> list[int]:
+def _run_blocks(
+    t: ShardedOperations, shape: ModelShape, setting: Setting, flow: list[Tensor], past: list[tuple[Tensor, Tensor]]
+) -> list[int]:
     """Run each distinct group of blocks once; `flow` holds the running hidden states so that nobody else does.
 
     A group is what is checkpointed together, else one block. The first has a segment of its own: what it takes in is
     not another block's output, and may live longer. So has the last where its neighbour keeps what it passes on.
+    With a prefix each block has its own, as each takes what is its own from the cache, `past`.
     """
     segment_of: dict[tuple[object, ...], int] = {}
     order: list[int] = []
@@ -249,7 +273,7 @@ def _run_blocks(t: ShardedOperations, shape: ModelShape, setting: Setting, flow:
         blocks = [shape.blocks[index] for index in indices]
         trains = tuple(setting.method.name == "frozen" and index >= first_trained for index in indices)
         last = keeps and indices.stop == len(shape.blocks)
-        key = (tuple(kinds[index] for index in indices), flow[0].requires_grad, trains, start == 0, last)
+        key = (tuple(kinds[index] for index in indices), flow[0].requires_grad, trains, start == 0, last, start * bool(past))
         segment = segment_of.get(key)
         if segment is None:
             segment = segment_of[key] = len(segment_of) + 1
@@ -258,6 +282,8 @@ def _run_blocks(t: ShardedOperations, shape: ModelShape, setting: Setting, flow:
                 tensors = block_tensors(blocks[0], shape.hidden, setting.method, setting.precision, trains=trains[0])
                 t.units[segment] = unit_of(tensors, setting)
             t.enter("forward", segment)
+            if past:
+                t.past = past.pop(0)
             program = _program(t, blocks, trains, f"{segment}", setting.method.name == "frozen")
             recomputed = _recomputes(setting.recompute)
             flow.append(t.checkpoint(program, flow[0]) if recomputed else program(flow[0]))
@@ -299,14 +325,14 @@ def _program(
     def program(x: Tensor) -> Tensor:
         flow = [x]
         del x
+        around = t.trainable
         for position, block in enumerate(blocks):
             t.prefix = f"{name}.{position}:"
             if partly:
                 t.trainable = lambda _, trains=trains[position]: trains
             flow.append(run(t, block, flow[0]))
             flow.pop(0)
-        if partly:
-            t.trainable = lambda _: True
+        t.trainable = around
         return flow.pop()
 
     return program

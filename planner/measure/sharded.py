@@ -81,7 +81,33 @@ def _blocks(model: torch.nn.Module, sharding: Sharding) -> list[torch.nn.Module]
 
 
 def _ddp(model: torch.nn.Module, sharding: Sharding, mesh: DeviceMesh) -> torch.nn.Module:
-    return torch.nn.parallel.DistributedDataParallel(model, init_sync=False)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, init_sync=False)
+    wrapped.register_comm_hook(None, _reduce_in_place)
+    wrapped.reducer = _SettledReducer(wrapped.reducer)  # pyright: ignore[reportAttributeAccessIssue]
+    return wrapped
+
+
+class _SettledReducer:
+    """DDP's reducer without its second look at the order of gradients, which reads numbers from a tensor.
+
+    Buckets are then filled in the order of the parameters; together they have the same size.
+    """
+
+    def __init__(self, reducer: Any) -> None:
+        self._reducer = reducer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reducer, name)
+
+    def _rebuild_buckets(self) -> bool:
+        return False
+
+
+def _reduce_in_place(_, bucket):  # unannotated: DDP compares annotations with types, and here they are strings
+    """DDP's own all-reduce, which ends in the bucket it began in."""
+    done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
 
 
 def _fsdp2(model: torch.nn.Module, sharding: Sharding, mesh: DeviceMesh) -> torch.nn.Module:

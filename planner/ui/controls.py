@@ -22,7 +22,7 @@ from planner.units import format_bytes
 __all__ = ["Inputs", "training_inputs", "unit_switch"]
 
 _URL: Mapping[str, Any] = {"bind": "query-params"}
-_ONE_LINE: Mapping[str, Any] = {**_URL, "required": True}
+_ONE_OF: Mapping[str, Any] = {**_URL, "required": True}
 _LONGEST_SEQUENCE = 2**24
 _MOST = 2**16
 
@@ -39,24 +39,26 @@ def unit_switch() -> Any:
     """GiB (2^30 bytes) or GB (10^9 bytes), for every size on the page."""
     help = "1 GiB is 2^30 bytes, what nvidia-smi and PyTorch speak; 1 GB is 10^9 bytes."
     options = ["GiB", "GB"]
-    return st.segmented_control("Unit", options, default="GiB", key="unit", help=help, **_ONE_LINE)
+    return st.segmented_control(
+        "Unit", options, default="GiB", key="unit", help=help, label_visibility="collapsed", **_ONE_OF
+    )
 
 
-def training_inputs() -> Inputs:
-    """The controls of a training or fine-tuning plan on the current container."""
+def training_inputs(unit: Any) -> Inputs:
+    """The controls of a training or fine-tuning plan on the current container; sizes are printed in `unit`."""
     values: dict[str, Any] = {}
     values["model"] = _choice(
         "Model", "model", model_names(), "Llama-3.1-8B", "A catalogue name, a hub id, or a path to a config.json."
     )
     values["gpu"] = _choice("GPU", "gpu", device_names(), "rtx-4090", "A name from the list, or an alias such as 4090.")
-    st.caption(_card(values["gpu"]))
+    st.caption(_card(values["gpu"], unit))
     values["method"] = st.segmented_control(
         "Method",
         ["full", "lora", "qlora"],
         default="qlora",
         key="method",
         help="full trains every weight; lora trains small adapters; qlora does so over a base packed in 4 bits.",
-        **_ONE_LINE,
+        **_ONE_OF,
     )
     left, right = st.columns(2)
     with left:
@@ -69,7 +71,7 @@ def training_inputs() -> Inputs:
         default="full",
         key="recompute",
         help="Gradient checkpointing: full keeps only each block's input and runs its forward pass a second time.",
-        **_ONE_LINE,
+        **_ONE_OF,
     )
     with st.expander("Precision, optimizer, adapters, GPUs"):
         values |= _finer_inputs(adapted=values["method"] != "full")
@@ -159,24 +161,24 @@ def _choice(label: str, key: str, options: tuple[str, ...], default: str, help: 
         help=help,
         accept_new_options=True,
         filter_mode="contains",
-        **_ONE_LINE,
+        **_URL,
     )
 
 
 def _option(label: str, key: str, options: tuple[str, ...], default: str, help: str, *, disabled: bool = False) -> Any:
     return st.selectbox(
-        label, options, index=options.index(default), key=key, help=help, disabled=disabled, **_ONE_LINE
+        label, options, index=options.index(default), key=key, help=help, disabled=disabled, **_URL
     )
 
 
 def _number(label: str, key: str, default: int, largest: int, help: str, *, disabled: bool = False) -> int:
-    return int(st.number_input(label, 1, largest, default, key=key, help=help, disabled=disabled, **_ONE_LINE))
+    return int(st.number_input(label, 1, largest, default, key=key, help=help, disabled=disabled, **_URL))
 
 
-def _card(name: str | None) -> str:
+def _card(name: str | None, unit: Any) -> str:
     """The accelerator's title and what a plan may count on; empty when there is none, which the answer will say."""
     try:
         device = load_hardware(name or "")
-        return f"{device.title}: {format_bytes(device.memory_capacity_bytes)} for a process"
+        return f"{device.title}: {format_bytes(device.memory_capacity_bytes, unit)} for a process"
     except PlannerError:
         return ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import streamlit as st
@@ -17,12 +18,17 @@ from planner.plan import ServingPlan, TrainingPlan
 from planner.units import format_bytes
 from planner.writers.plan_document import plan_to_yaml
 
-__all__ = ["downloads", "links", "memory", "moments", "notes", "refusal", "verdict", "verdict_sentence"]
+__all__ = ["downloads", "links", "look", "memory", "moments", "notes", "refusal", "verdict", "verdict_sentence"]
 
 Answer = Mapping[str, Any]
 
 _CHART: Mapping[str, Any] = {"displayModeBar": False, "responsive": True}
 _DEFAULT = "default: "
+
+
+def look() -> None:
+    """Less empty space above the page than streamlit leaves."""
+    st.html(Path(__file__).with_name("page.css"))
 
 
 def verdict_sentence(answer: Answer, unit: Any) -> str:
@@ -52,9 +58,9 @@ def verdict(answer: Answer, unit: Any) -> None:
     draw(verdict_sentence(answer, unit), icon=icon)
     held = answer["memory"]
     st.caption(
-        f"`peak_allocated` {format_bytes(held['peak_allocated'], unit)} (torch.cuda.max_memory_allocated), "
-        f"`device_used` {format_bytes(held['device_used'], unit)} (nvidia-smi) "
-        f"of {format_bytes(held['capacity'], unit)}, on each GPU."
+        f"peak_allocated {format_bytes(held['peak_allocated'], unit)} (torch.cuda.max_memory_allocated), "
+        f"device_used {format_bytes(held['device_used'], unit)} (nvidia-smi) "
+        f"of {format_bytes(held['capacity'], unit)}; each GPU"
     )
 
 
@@ -73,7 +79,7 @@ def memory(answer: Answer, unit: Any) -> None:
     st.table(tables.breakdown_text(answer, unit), border="horizontal", hide_index=True)
     with st.expander("What the parts are"):
         for name in tables.breakdown_frame(answer).index:
-            st.markdown(f"**{str(name).replace('_', ' ')}**: {tables.MEANINGS.get(str(name), '')}")
+            st.markdown(f"**{tables.words(str(name))}**: {tables.MEANINGS.get(str(name), '')}")
 
 
 def moments(answer: Answer, unit: Any) -> None:
@@ -96,7 +102,7 @@ def notes(answer: Answer) -> None:
         st.code("\n".join(defaults), language=None)
     with st.expander("Outside the tensors: sources"):
         terms = answer["memory"].get("device_terms") or {}
-        st.markdown("\n".join(f"- **{name.replace('_', ' ')}**: {_plain(term['source'])}" for name, term in terms.items()))
+        st.markdown("\n".join(f"- **{tables.words(name)}**: {_plain(term['source'])}" for name, term in terms.items()))
 
 
 def downloads(plan: TrainingPlan | ServingPlan, answer: Answer) -> None:

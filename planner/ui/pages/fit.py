@@ -7,15 +7,15 @@ from planner.errors import PlannerError
 from planner.ui import controls, panels, state
 
 asked = state.requested()
-heading, unit_place = st.columns([4, 1], vertical_alignment="bottom")
-heading.title("Does it fit?", anchor=False)
-with unit_place:
+panels.look()
+with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
+    st.title("Does it fit?", anchor=False, width="content")
     unit = controls.unit_switch()
 answer_place = st.container(key="verdict")
 input_column, result_column = st.columns([2, 3], gap="large")
 
 with input_column:
-    inputs = controls.training_inputs()
+    inputs = controls.training_inputs(unit)
 values = {**inputs.values, "unit": unit}
 
 refused = None
