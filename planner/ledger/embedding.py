@@ -25,7 +25,7 @@ def embed(t: Operations, spec: Embedding, batch: str = "B", sequence: str = "S")
     if inside:
         x = t.scale(x)
     t.model_locals.append(x.storage)  # the model's `inputs_embeds`
-    if t.inputs_require_grad:
+    if t.inputs_require_grad and not x.requires_grad:
         x.requires_grad = True
         t.hold(x)  # a leaf: the graph refers to it to the end
     if t.virtual is not None:
@@ -41,7 +41,10 @@ def embed(t: Operations, spec: Embedding, batch: str = "B", sequence: str = "S")
         del kind
     if spec.positions:
         places = t.weight(f"{spec.position_name}.weight", (t.dim("positions", spec.positions), size))
-        (place,) = t.apply("embedding", [places], [((t.position_batch(batch), sequence, size), places.dtype)])
+        rows_of = t.position_batch(batch)
+        ids = t.constant("position_ids", (rows_of, sequence), "int64")
+        (place,) = t.apply("embedding", [places], [((rows_of, sequence, size), places.dtype)], saves=[ids])
+        del ids
         x = t.add(x, place)
         if not spec.types:
             t.model_locals.append(place.storage)  # a variable of the model's forward, where decoders add it

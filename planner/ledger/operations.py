@@ -25,6 +25,7 @@ _BACKWARD_SCRATCH = {"pow": 2, "softmax": 1}
 # What CUDA's autocast runs in fp32 (aten/src/ATen/autocast_mode.h, AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE).
 _AUTOCAST_FP32 = frozenset({"pow", "exp", "log", "rsqrt", "reciprocal", "softplus", "softmax", "log_softmax"})
 
+_POSITIONS_BY_EXAMPLE = frozenset({"opt"})  # positions counted along each example's own mask
 _ADDS_BIAS = frozenset({"falcon"})  # linears that add their bias to the product in a step of its own
 
 
@@ -64,6 +65,7 @@ class Operations(Tape):
     sequence_parallel: bool = False
     selective: bool = False  # the attention core alone runs again in backward
     returned: list[Tensor] = field(default_factory=list)  # attention weights that the last block handed to the model
+    call_locals: list[Tensor] = field(default_factory=list)  # further local variables of the running attention module
     recomputes: bool = False  # blocks are recomputed, with the tables and masks that they were called with
     positions: int = 0  # the longest sequence that the model is made for
     family: str = ""  # the model_type, for what its reference modules do their own way
@@ -313,4 +315,4 @@ class Operations(Tape):
 
     def position_batch(self, batch: str) -> str:
         """The batch dim of position embeddings: one row of positions serves the whole batch."""
-        return "1"
+        return batch if self.family in _POSITIONS_BY_EXAMPLE else "1"

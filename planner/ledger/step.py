@@ -24,6 +24,7 @@ from planner.ledger.embedding import embed
 from planner.ledger.encoder_decoder import encoder_of, run_encoder_decoder
 from planner.ledger.gathering import Gathering, ShardedOperations, Unit
 from planner.ledger.loss_head import loss_of
+from planner.ledger.megatron import megatron_block, megatron_embed, megatron_loss
 from planner.ledger.norm import normalise
 from planner.ledger.operations import Operations
 from planner.ledger.parameters import StateTensor, block_tensors, state_tensors, trained_around
@@ -123,10 +124,7 @@ def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
         del ids
         layers, head = run_encoder_decoder(t, shape, encoder, live)
         return _close(t, layers, head, live)
-    # peft's enable_input_require_grads, without which a checkpointed block has no gradient
-    t.inputs_require_grad = (
-        setting.method.name in ("lora", "qlora", "ia3", "adapter") and setting.recompute.mode != "none"
-    )
+    t.inputs_require_grad = setting.recompute.mode != "none" and _asks_inputs_for_gradients(setting)
     t.family = shape.model_type
     t.attention = attention_of(t.family, t.attention)
     t.positions = shape.max_positions or 0
@@ -136,7 +134,7 @@ def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
         t.virtual = partial(prepend_prompt, caller=caller)
         x = embed(t, shape.embedding, sequence=text)
     else:
-        x = embed(t, shape.embedding) if shape.embedding is not None else t.constant("input", ("B", "S", "H"), "fp32")
+        x = _embedded(t, shape)
     _shared_tables(t, shape, x.dtype)
     shared_masks(t, shape, x.dtype)
     past = make_prefix(t, shape, x.dtype) if setting.method.name == "prefix" else []
@@ -146,20 +144,31 @@ def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
     head = max(layers, default=0) + 1
     t.prefix = ""
     t.begin("forward", head)
-    assert shape.head is not None
+    if shape.head is None:
+        raise NotCovered(f'a model without an output head ("{shape.model_type}") has no training step in the ledger.')
     x = normalise(t, shape.head.norm, shape.head.norm_name, flow.pop())
     t.model_locals.clear()
+    if not x.requires_grad:
+        t.held.clear()  # blocks without gradients keep no tables
     t.returned.clear()
     if not _recomputes(setting.recompute):
         t.masks.clear()  # recomputed blocks keep the masks and tables that they were called with
         t.rotary = ()
-    loss = loss_of(t, shape.head, x, setting.loss)
+    megatron = t.profile.name == "megatron"
+    loss = megatron_loss(t, shape.head, x) if megatron else loss_of(t, shape.head, x, setting.loss)
     del x
     caller.clear()
     t.cache.clear()
     live = [ids, loss]
     del ids, loss
     return _close(t, layers, head, live)
+
+
+def _embedded(t: ShardedOperations, shape: ModelShape) -> Tensor:
+    """Hidden states that enter the first block."""
+    if shape.embedding is None:
+        raise NotCovered(f'a model without token embedding ("{shape.model_type}") has no training step in the ledger.')
+    return megatron_embed(t, shape.embedding) if t.profile.name == "megatron" else embed(t, shape.embedding)
 
 
 def _close(t: ShardedOperations, layers: Sequence[int], head: int, live: list[Tensor]) -> StepRecord:
@@ -177,6 +186,16 @@ def _close(t: ShardedOperations, layers: Sequence[int], head: int, live: list[Te
     t.masks.clear()
     live.clear()
     return _cut(t, tuple(layers), head, stashed)
+
+
+def _asks_inputs_for_gradients(setting: Setting) -> bool:
+    """Whether the embedding's output is made to need a gradient, so that checkpointed blocks below the first that
+    trains run again and backward, too.
+
+    transformers does it whenever checkpointing is switched on (modeling_utils.py, enable_input_require_grads), and so
+    does peft; others do it for adapters.
+    """
+    return setting.method.name in ("lora", "qlora", "ia3", "adapter") or setting.profile.name == "transformers"
 
 
 def _tape(shape: ModelShape, setting: Setting) -> ShardedOperations:
@@ -320,7 +339,7 @@ def _program(
 ) -> Callable[[Tensor], Tensor]:
     """One group's forward pass. It names its weights itself, as it may run again in backward."""
 
-    run = litgpt.run_block if t.profile.name == "litgpt" else run_block
+    run = {"litgpt": litgpt.run_block, "megatron": megatron_block}.get(t.profile.name, run_block)
 
     def program(x: Tensor) -> Tensor:
         flow = [x]

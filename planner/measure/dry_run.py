@@ -33,7 +33,7 @@ from planner.errors import PlanError, nearest
 from planner.measure.cuda_autocast import CudaAutocast
 from planner.measure.cuda_semantics import KERNEL_SCRATCH, CudaSemantics
 from planner.measure.live_memory import ALLOCATION_GRANULARITY_BYTES, Allocation, LiveMemory, LiveTensor, Peak
-from planner.measure.sharded import Sharding, one_rank_of, shard
+from planner.measure.sharded import CALLER_ROLES, Sharding, one_rank_of, shard
 from planner.measure.stepping import STEPPERS, stepper_for
 from planner.measure.transformers_edge import build_causal_lm, with_adapters, without_gpu_checks
 
@@ -137,7 +137,9 @@ def replay(
     with ExitStack() as stack:
         stack.enter_context(without_gpu_checks())
         stack.enter_context(mode)
-        memory = stack.enter_context(LiveMemory(granularity=granularity, scratch=KERNEL_SCRATCH))
+        memory = stack.enter_context(
+            LiveMemory(granularity=granularity, scratch=KERNEL_SCRATCH, caller_roles=CALLER_ROLES if wrap else None)
+        )
         stack.enter_context(CudaSemantics(kernel=kernel))
         stack.enter_context(CudaAutocast())
         memory.name_modules(model)

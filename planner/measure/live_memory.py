@@ -162,6 +162,7 @@ class LiveMemory(TorchDispatchMode):
     """Follows every fake storage from birth to death while the mode is active.
 
     The curve is an event log: `(allocation, +bytes)` at a birth or growth, `(allocation, -bytes)` at a death or shrink.
+    caller_roles: the role of whatever a function of torch.distributed allocates, by the function's name.
     `mark(name)` starts a new phase; windows between marks are asked for with `peak` and `at`.
     Only fake tensors count: real ones (random-generator states, constants) live on the host.
     """
@@ -171,10 +172,12 @@ class LiveMemory(TorchDispatchMode):
         *,
         granularity: int = ALLOCATION_GRANULARITY_BYTES,
         scratch: Mapping[Any, Callable[[Any], int]] | None = None,
+        caller_roles: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.granularity = granularity
         self.scratch = dict(scratch or {})
+        self.caller_roles = dict(caller_roles or {})
         self.current_bytes = 0
         self.events: list[tuple[Allocation, int]] = []
         self.marks: list[tuple[str, int]] = [("", 0)]
@@ -274,6 +277,7 @@ class LiveMemory(TorchDispatchMode):
             dtype=tensor.dtype,
             born=len(self.events),
         )
+        allocation.role = self._role_by_caller()
 
         def died(_: Any) -> None:
             del self._live[key]
@@ -285,6 +289,16 @@ class LiveMemory(TorchDispatchMode):
         self._live[key] = allocation
         self._change(allocation, rounded_bytes(nbytes, self.granularity))
         return allocation
+
+    def _role_by_caller(self) -> str | None:
+        """The role of what is being allocated, when a function on the stack is known to allocate for one."""
+        frame = sys._getframe(2) if self.caller_roles else None
+        while frame is not None:
+            role = self.caller_roles.get(frame.f_code.co_name)
+            if role is not None and "distributed" in frame.f_code.co_filename:
+                return role
+            frame = frame.f_back
+        return None
 
     def _change(self, allocation: Allocation, nbytes: int) -> None:
         delta = nbytes - allocation.bytes

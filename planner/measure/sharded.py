@@ -19,9 +19,20 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from planner.errors import NotCovered, PlanError, nearest
 
-__all__ = ["Sharding", "one_rank_of", "shard"]
+__all__ = ["CALLER_ROLES", "Sharding", "one_rank_of", "shard"]
 
 ENGINES = ("ddp", "fsdp1", "fsdp2")
+
+# What the engines' functions allocate (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py, _fsdp_param.py;
+# torch/distributed/fsdp/_flat_param.py, _runtime_utils.py; torch/nn/parallel/distributed.py).
+CALLER_ROLES = {
+    "init_all_gather_outputs": "unsharded_parameters",
+    "foreach_all_gather": "communication_buffers",
+    "foreach_reduce": "communication_buffers",
+    "init_flat_param_attributes": "unsharded_parameters",
+    "_reduce_grad": "communication_buffers",
+    "_ddp_init_helper": "communication_buffers",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

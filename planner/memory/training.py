@@ -21,6 +21,7 @@ from planner.memory.optimizers import OptimizerBytes, optimizer_bytes
 from planner.memory.sharding import Held, engine_of, held_by_a_rank
 from planner.memory.states import gradient_bytes, weight_bytes
 from planner.model.shape import ModelShape
+from planner.model.tensor_parallel import local_shape
 from planner.plan import TrainingPlan
 
 __all__ = ["TrainingMemory", "accumulation_steps", "training_memory"]
@@ -90,17 +91,24 @@ def _levels(shape: ModelShape, setting: Setting) -> PassLevels:
 
 def _covered(plan: TrainingPlan) -> None:
     p = plan.parallelism
-    for name, degree in (
-        ("tensor", p.tensor),
-        ("pipeline", p.pipeline),
-        ("context", p.context),
-        ("expert", p.expert),
-    ):
+    degrees = {"pipeline": p.pipeline, "context": p.context, "expert": p.expert}
+    if plan.implementation.name != "megatron":
+        degrees = {"tensor": p.tensor, **degrees}
+    for name, degree in degrees.items():
         if degree > 1:
             raise NotCovered(
-                f"parallelism.{name} = {degree} is not covered by the training memory of this version; "
-                "data parallelism with zero 0 to 3 is."
+                f"parallelism.{name} = {degree} is not covered by the training memory of this version; data "
+                "parallelism with zero 0 to 3 is, and tensor with implementation megatron."
             )
+    if plan.implementation.name == "megatron" and (p.zero > 1 or plan.method.name != "full"):
+        raise NotCovered("implementation megatron is covered for full training, with zero 0 or 1.")
+    if p.sequence_parallel and plan.data.sequence_length % p.tensor:
+        raise PlanError(
+            f"sequence_parallel divides the sequence over tensor = {p.tensor} ranks, "
+            f"which does not divide sequence_length {plan.data.sequence_length}."
+        )
+    if "parameters" in plan.offload and p.zero != 3:
+        raise PlanError(f"offload: parameters needs parallelism.zero 3, which gathers them block by block, not {p.zero}.")
     if plan.implementation.compiled:
         raise NotCovered("compiled implementations are not covered yet: what the compiler keeps is not in the ledger.")
     if plan.precision.compute == "fp8":
@@ -111,7 +119,8 @@ def _setting(plan: TrainingPlan, profile: Profile, engine: str, data: int, persi
     zero = plan.parallelism.zero
     ranks = data // plan.parallelism.replicas
     gathering = None
-    if zero >= 2 and ranks > 1:
+    offloads = "parameters" in plan.offload
+    if zero >= 2 and (ranks > 1 or offloads):
         fsdp = engine in ("fsdp1", "fsdp2")
         casts = fsdp and plan.precision.weights == "fp32" and plan.precision.compute in ("bf16", "fp16")
         gathering = Gathering(
@@ -137,6 +146,8 @@ def _setting(plan: TrainingPlan, profile: Profile, engine: str, data: int, persi
         hooked=plan.optimizer.in_backward or plan.optimizer.name == "lomo",
         offload_activations="activations" in plan.offload,
         gathering=gathering,
+        tensor=plan.parallelism.tensor,
+        sequence_parallel=plan.parallelism.sequence_parallel and plan.parallelism.tensor > 1,
     )
 
 
