@@ -2,9 +2,9 @@
 
 import streamlit as st
 
-st.set_page_config(page_title="planner: does it fit?", page_icon=":material/memory:", layout="wide")
+st.set_page_config(page_title="planner: does it fit?", page_icon="planner/ui/icon.svg", layout="wide")
 page = st.navigation(
-    [st.Page("planner/ui/pages/fit.py", title="Fit", icon=":material/memory:", default=True)],
+    [st.Page("planner/ui/pages/fit.py", title="Fit", default=True)],
     position="top",
 )
 page.run()

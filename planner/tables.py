@@ -13,7 +13,7 @@ from planner.units import format_bytes, format_share
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["MEANINGS", "breakdown_frame", "breakdown_text", "moments_frame", "states_frame", "words"]
+__all__ = ["MEANINGS", "breakdown_frame", "breakdown_text", "moments_frame", "states_frame"]
 
 Answer = Mapping[str, Any]
 Unit = Literal["GiB", "GB"]
@@ -35,6 +35,9 @@ MEANINGS: Mapping[str, str] = {
     "allocator_slack": "what PyTorch's allocator reserves beyond the tensors",
     "cuda_context": "what the driver and loaded kernels take",
     "nccl_buffers": "what the communication library takes",
+    "peak_allocated": "the most that tensors hold at once: torch.cuda.max_memory_allocated()",
+    "peak_reserved": "what the allocator holds from the driver: torch.cuda.max_memory_reserved()",
+    "device_used": "what nvidia-smi shows",
 }
 
 
@@ -68,7 +71,7 @@ def breakdown_text(answer: Answer, unit: Unit = "GiB") -> DataFrame:
     for name, size in breakdown_frame(answer)["bytes"].items():
         if name in sums_after and memory.get("peak_allocated") is not None:
             rows.append(("= peak_allocated", memory["peak_allocated"]))
-        rows.append((words(str(name)), size))
+        rows.append((_words(str(name)), size))
         if name in sums_after and memory.get("peak_reserved") is not None:
             rows.append(("= peak_reserved", memory["peak_reserved"]))
     rows.append(("= device_used", memory["device_used"]))
@@ -97,10 +100,5 @@ def states_frame(states: Mapping[str, Mapping[str, int]]) -> DataFrame:
     return frame.assign(total=frame.sum(axis=1))
 
 
-def words(name: str) -> str:
-    """A category's name as a person writes it.
-
-    >>> words("cuda_context"), words("optimizer_states")
-    ('CUDA context', 'optimizer states')
-    """
+def _words(name: str) -> str:
     return name.replace("_", " ").replace("cuda", "CUDA").replace("nccl", "NCCL").replace("kv ", "KV ")

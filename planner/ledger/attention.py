@@ -52,6 +52,8 @@ def attend(
     """
     query, key, value, gate = _projections(t, spec, x, context)
     if spec.rotary_dim:
+        if t.family in _ROTATES_INLINE:
+            t.call_locals.extend((query, key))
         query, key = rotate_both(t, spec, query, key)
     if t.past is not None:
         key, value = extend_with_prefix(t, key, value)
@@ -59,6 +61,7 @@ def attend(
     if gate is not None:
         result = t.mul(result, t.map("sigmoid", gate, saves="output"))
     result = t.linear(spec.out_name, result, hidden, bias=spec.out_bias)
+    t.call_locals.clear()
     return result, weights
 
 
@@ -158,7 +161,10 @@ def rotate(t: Operations, spec: Attention, x: Tensor) -> Tensor:
         return turn(t, spec, x)
     rest = t.dim("D-R", spec.head_dim - spec.rotary_dim)
     turned, passed = t.slices(x, [(*x.dims[:-1], t.dim("R", spec.rotary_dim)), (*x.dims[:-1], rest)])
-    return t.cat([turn(t, spec, turned), passed], x.dims)
+    turned = turn(t, spec, turned)
+    if t.family in _ROTATES_INLINE:
+        t.call_locals.append(turned)
+    return t.cat([turned, passed], x.dims)
 
 
 def _concatenates(t: Operations, spec: Attention) -> bool:
@@ -223,7 +229,7 @@ def shared_masks(t: Operations, shape: ModelShape, dtype: str) -> None:
 
 
 def _mask(t: Operations, spec: Attention, queries: str, keys: str, dtype: str) -> Tensor | None:
-    window = spec.window if reaches(t, keys, spec.window) else None
+    window = spec.window if reaches(t, keys, spec.window) and t.family != "gpt_neo" else None
     if t.family == "falcon":
         return _falcon_mask(t, spec, keys, dtype)
     if t.attention == "flash" or spec.cross or (not spec.causal and window is None):
@@ -496,6 +502,7 @@ def _softmax_with_sink(t: Operations, spec: Attention, weights: Tensor) -> Tenso
 
 
 _ALWAYS_CONCATENATES = frozenset({"gpt_neox", "phi", "phi3", "stablelm", "nemotron", "glm", "glm4", "minimax_m2"})
+_ROTATES_INLINE = frozenset({"phi"})  # in the attention's own forward, whose variables live on
 _FP32_TABLES = frozenset({"olmo", "olmo2", "olmo3", "ernie4_5_moe"})
 _TWO_TABLES = frozenset({"gemma3_text", "olmo3"})  # one for sliding layers, one for the others
 _REPEATS_TABLES = frozenset({"glm", "glm4", "ernie4_5_moe"})  # each layer spreads cos and sin over pairs for itself

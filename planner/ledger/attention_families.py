@@ -41,9 +41,12 @@ def _three_views(t: Operations, spec: Attention, x: Tensor) -> tuple[Tensor, Ten
     return t.view(query, dims), t.view(key, dims), t.view(value, dims)
 
 
-def _weighted(t: Operations, spec: Attention, scores: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(scores) v with scores in fp32 already, the weights cast to v's format; heads merged."""
-    weights = t.to(t.map("softmax", scores, saves="output"), value.dtype)
+def _weighted(t: Operations, spec: Attention, held: list[Tensor], value: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(scores) v with scores in fp32 already, the weights cast to v's format; heads merged.
+
+    `held` is the one reference to the scores, which the softmax takes the place of.
+    """
+    weights = t.to(t.map("softmax", held.pop(), saves="output"), value.dtype)
     weights = t.dropout(weights, spec.dropout)
     result = t.copy(t.matmul(weights, dense_copy(t, value), value.dims))
     return t.view(result, (value.dims[0], value.dims[2], merged_width(t, spec))), weights
@@ -72,9 +75,9 @@ def _gptj(t: Operations, spec: Attention, x: Tensor, hidden: str) -> tuple[Tenso
     query = t.cat([query_turned, query_passed], query.dims)
     t.module = "attention"
     scores = t.scale(_scores_in_fp32(t, query, key))
-    scores = t.add(scores, eager_mask(t, spec, sequence, query.dtype))
-    result, weights = _weighted(t, spec, scores, value)
+    held = [t.add(scores, eager_mask(t, spec, sequence, query.dtype))]
     del scores
+    result, weights = _weighted(t, spec, held, value)
     result = t.linear(spec.out_name, result, hidden, bias=spec.out_bias)
     del table, places, both
     return result, weights
@@ -95,9 +98,9 @@ def _gpt_neo(t: Operations, spec: Attention, x: Tensor, hidden: str) -> tuple[Te
     t.module = "attention"
     scores = _scores_in_fp32(t, query, key)
     scores = t.apply("where", [scores], [(scores.dims, "fp32")])[0]
-    scores = t.add(scores, eager_mask(t, spec, x.dims[1], query.dtype))
-    result, weights = _weighted(t, spec, scores, value)
+    held = [t.add(scores, eager_mask(t, spec, x.dims[1], query.dtype))]
     del scores
+    result, weights = _weighted(t, spec, held, value)
     return t.linear(spec.out_name, result, hidden, bias=spec.out_bias), weights
 
 
@@ -116,8 +119,9 @@ def _mpt(t: Operations, spec: Attention, x: Tensor, hidden: str) -> tuple[Tensor
     scores = t.scale(t.matmul(dense_copy(t, query), dense_copy(t, key), square))
     scores = t.apply("add", [scores, bias], [(square, "fp32")])[0]
     mask = t.shared("boolean mask", (x.dims[0], "1", sequence, sequence), "bool")
-    scores = t.apply("masked_fill", [scores], [(square, "fp32")], saves=[mask])[0]
-    result, weights = _weighted(t, spec, scores, value)
+    held = t.apply("masked_fill", [scores], [(square, "fp32")], saves=[mask])
+    del scores
+    result, weights = _weighted(t, spec, held, value)
     return t.linear(spec.out_name, result, hidden, bias=spec.out_bias), weights
 
 

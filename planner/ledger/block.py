@@ -52,10 +52,11 @@ def transform(t: Operations, ffn: Mlp | Moe | None, x: Tensor) -> Tensor:
 
 def _sequential(t: Operations, block: Block, x: Tensor) -> Tensor:
     residual = x
-    x = normalise(t, block.norm, block.norm_names[0], x)
+    x = normed = normalise(t, block.norm, block.norm_names[0], x)
     x, _weights = mix(t, block.mixer, x)
     x = _branch(t, block, x, mixer=True)
-    _mixed = x if t.family in _NAMES_MIXED else None
+    _kept = (x, normed) if t.family == "stablelm" else x if t.family in _NAMES_MIXED else None
+    del normed
     x = t.add(residual, x)
     residual = x
     x = normalise(t, block.norm, block.norm_names[1], x)
@@ -141,7 +142,7 @@ def _branch(t: Operations, block: Block, x: Tensor, *, mixer: bool = False) -> T
     return x
 
 
-_NAMES_MIXED = frozenset({"gpt2"})  # attn_output, a local variable of the block's forward, lives to its end
+_NAMES_MIXED = frozenset({"gpt2", "gpt_bigcode"})  # attn_output, a local variable of the block's forward, lives to its end
 
 _RESIDUALS = {
     "sequential": _sequential,

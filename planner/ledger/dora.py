@@ -35,7 +35,8 @@ def adapt_with_magnitude(
     low_rank = t.product(t.product(x, first, (*x.dims[:-1], first.dims[0])), second, dims)
     offset = t.known_weight(f"{name}.bias")
     if method.dropout:
-        base = t.apply("linear", [x, weight], [(dims, x.dtype)], saves=[None], viewed=True)[0]
+        kept = weight if x.requires_grad and isinstance(weight, Tensor) else None
+        base = t.apply("linear", [x, weight], [(dims, x.dtype)], saves=[kept], viewed=True)[0]
     elif offset is not None:
         base = t.apply("sub", [result, offset], [(dims, result.dtype)], alias=[True, False])[0]
     else:

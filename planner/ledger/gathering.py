@@ -4,7 +4,8 @@ A unit is one block, or the root (embedding, final norm, head), which stays whol
 Everything a neighbour's transfer keeps alive while a block runs is charged to that block, which has the same size.
 
 FSDP2 (torch 2.x, torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py, _fsdp_collectives.py):
-    forward    the flat all-gather result is kept until the next unit has gathered (AllGatherState)    + 1 unit
+    forward    the flat all-gather result is kept until the next unit has gathered (AllGatherState),
+               the last block's until the root's forward ends (_fsdp_state.py, _post_forward)         + 1 unit
     backward   the previous block's flat all-gather result is already there (backward prefetch)        + 1 unit
                the reduce-scatter input of the block before is kept until this one reduces             + 1 unit, reduce
     reduction  reduce-scatter input beside the unsharded gradients, then the sharded result
@@ -81,6 +82,8 @@ class ShardedOperations(Operations):
         if self._is_root(segment):
             if phase == "forward" and not self.root:
                 self._gather(self.units[0], self.root, "gathered weights")
+            elif phase == "forward" and fsdp2 and len(self.units) > 1:
+                self._gather(self.units[max(self.units)], self.window, "all-gather result")  # no unit comes to free it
             elif phase == "backward" and segment != 0 and len(self.units) > 1 and self.gathering.prefetch:
                 self._gather(self.units[max(self.units)], self.window, "prefetched weights")
             return

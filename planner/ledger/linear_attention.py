@@ -23,8 +23,9 @@ def mix_by_delta_rule(t: Operations, spec: GatedDeltaNet, x: Tensor, hidden: str
     batch, sequence = x.dims[:2]
     keys_wide = t.dim("PX", spec.key_heads * spec.key_dim)
     values_wide = t.dim("WY", spec.value_heads * spec.value_dim)
-    mixed, gate, beta, step, _projected = _inputs(t, spec, x, keys_wide, values_wide)
+    mixed, gate, beta, step, _projected, unmixed = _inputs(t, spec, x, keys_wide, values_wide)
     mixed = _convolved(t, spec, mixed)
+    del unmixed
     parts = [(batch, sequence, keys_wide), (batch, sequence, keys_wide), (batch, sequence, values_wide)]
     query, key, value = t.split(mixed, parts)
     heads = t.dim("W", spec.value_heads)
@@ -37,8 +38,10 @@ def mix_by_delta_rule(t: Operations, spec: GatedDeltaNet, x: Tensor, hidden: str
 
 def _inputs(
     t: Operations, spec: GatedDeltaNet, x: Tensor, keys_wide: str, values_wide: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """What is convolved, the output gate z, beta and the time step; and the projections, which live as long."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """What is convolved, the output gate z, beta and the time step; the projections, which live until the mixer is
+    done; and what was put together to be convolved, which lives until that has been done.
+    """
     batch, sequence = x.dims[:2]
     heads = t.dim("W", spec.value_heads)
     wide = t.dim("2PX+WY", 2 * spec.key_heads * spec.key_dim + spec.value_heads * spec.value_dim)
@@ -47,7 +50,7 @@ def _inputs(
         mixed = t.linear(f"{name}.in_proj_qkv", x, wide)
         gate = t.linear(f"{name}.in_proj_z", x, values_wide)
         beta = t.linear(f"{name}.in_proj_b", x, heads)
-        return mixed, gate, beta, t.linear(f"{name}.in_proj_a", x, heads), []
+        return mixed, gate, beta, t.linear(f"{name}.in_proj_a", x, heads), [], []
     total = 2 * (spec.key_heads * spec.key_dim + spec.value_heads * spec.value_dim)
     packed = t.linear(f"{name}.in_proj_qkvz", x, t.dim("2PX+2WY", total))
     both = t.linear(f"{name}.in_proj_ba", x, t.dim("2W", 2 * spec.value_heads))
@@ -58,7 +61,7 @@ def _inputs(
     beta, step = t.copy(beta), t.copy(step)
     query, key = t.copy(query), t.copy(key)
     mixed = t.cat([query, key, value], (*row, wide))
-    return mixed, gate, beta, step, [packed, both, query, key, value]
+    return mixed, gate, beta, step, [packed, both], [query, key, value]
 
 
 def _convolved(t: Operations, spec: GatedDeltaNet, mixed: Tensor) -> Tensor:

@@ -116,6 +116,12 @@ def _float_at_once(t: Operations, head: Head, x: Tensor, loss: CrossEntropy) -> 
     return loss(t, shifted, _labels(t))
 
 
+def _flat_at_once(t: Operations, head: Head, x: Tensor, loss: CrossEntropy) -> Tensor:
+    """output(h).float() and a loss over labels shifted beforehand: torchtune without chunks."""
+    upcast = t.to(logits_of(t, head, x), "fp32")
+    return loss(t, upcast, t.constant("labels", ("B", "S"), "int64"))
+
+
 def _shift(t: Operations, head: Head, x: Tensor, loss: CrossEntropy) -> Tensor:
     """Shifted, copied, and no other format: GPT-2 and its kin in transformers 4.x."""
     logits = logits_of(t, head, x)
@@ -203,6 +209,7 @@ _LOSSES = {
     "float_then_shift": _float_then_shift,
     "float_at_once": _float_at_once,
     "shift": _shift,
+    "flat_at_once": _flat_at_once,
     "torchtune_chunks": _torchtune_chunks,
     "litgpt_chunks": _litgpt_chunks,
     "litgpt_flat": _litgpt_flat,

@@ -128,7 +128,7 @@ _PROFILES: dict[str, tuple[Profile, ...]] = {
         Profile(
             name="torchtune",
             version="0.4",
-            loss="torchtune_chunks",
+            loss="flat_at_once",
             adapters_follow_weights=True,
             source="torchtune 1814feb1 (2024-11): modules/transformer.py, modules/loss/ce_chunked_output_loss.py",
         ),

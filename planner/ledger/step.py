@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.errors import NotCovered, PlanError
-from planner.ledger import litgpt
+from planner.ledger import litgpt, torchtune
 from planner.ledger.adapters import adapter_for, is_target, preparation_for
 from planner.ledger.attention import rotary_tables, shared_masks
 from planner.ledger.attention_families import attention_of
@@ -339,7 +339,8 @@ def _program(
 ) -> Callable[[Tensor], Tensor]:
     """One group's forward pass. It names its weights itself, as it may run again in backward."""
 
-    run = {"litgpt": litgpt.run_block, "megatron": megatron_block}.get(t.profile.name, run_block)
+    runs = {"litgpt": litgpt.run_block, "torchtune": torchtune.run_block, "megatron": megatron_block}
+    run = runs.get(t.profile.name, run_block)
 
     def program(x: Tensor) -> Tensor:
         flow = [x]

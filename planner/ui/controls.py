@@ -60,7 +60,7 @@ def training_inputs(unit: Any) -> Inputs:
         help="full trains every weight; lora trains small adapters; qlora does so over a base packed in 4 bits.",
         **_ONE_OF,
     )
-    left, right = st.columns(2)
+    left, right = st.columns(2, wrap=False)
     with left:
         values["seq"] = _number("Sequence length", "seq", 2048, _LONGEST_SEQUENCE, "Tokens of one packed sequence.")
     with right:
@@ -166,9 +166,7 @@ def _choice(label: str, key: str, options: tuple[str, ...], default: str, help: 
 
 
 def _option(label: str, key: str, options: tuple[str, ...], default: str, help: str, *, disabled: bool = False) -> Any:
-    return st.selectbox(
-        label, options, index=options.index(default), key=key, help=help, disabled=disabled, **_URL
-    )
+    return st.selectbox(label, options, index=options.index(default), key=key, help=help, disabled=disabled, **_URL)
 
 
 def _number(label: str, key: str, default: int, largest: int, help: str, *, disabled: bool = False) -> int:

@@ -58,9 +58,8 @@ def verdict(answer: Answer, unit: Any) -> None:
     draw(verdict_sentence(answer, unit), icon=icon)
     held = answer["memory"]
     st.caption(
-        f"peak_allocated {format_bytes(held['peak_allocated'], unit)} (torch.cuda.max_memory_allocated), "
-        f"device_used {format_bytes(held['device_used'], unit)} (nvidia-smi) "
-        f"of {format_bytes(held['capacity'], unit)}; each GPU"
+        f"On each GPU: peak_allocated {format_bytes(held['peak_allocated'], unit)}, "
+        f"device_used {format_bytes(held['device_used'], unit)} of {format_bytes(held['capacity'], unit)}."
     )
 
 
@@ -76,10 +75,12 @@ def memory(answer: Answer, unit: Any) -> None:
     st.plotly_chart(
         figures.memory_bar(answer, unit), key="memory_bar", config=dict(_CHART), alt=figures.describe(answer, unit)
     )
-    st.table(tables.breakdown_text(answer, unit), border="horizontal", hide_index=True)
+    text = tables.breakdown_text(answer, unit)
+    text["part"] = [f"**{part}**" if part.startswith("=") else part for part in text["part"]]
+    st.table(text, border="horizontal", hide_index=True)
     with st.expander("What the parts are"):
-        for name in tables.breakdown_frame(answer).index:
-            st.markdown(f"**{tables.words(str(name))}**: {tables.MEANINGS.get(str(name), '')}")
+        shown = [*tables.breakdown_frame(answer).index, "peak_allocated", "peak_reserved", "device_used"]
+        st.markdown("\n".join(f"- **{name.replace('_', ' ')}**: {tables.MEANINGS[name]}" for name in shown))
 
 
 def moments(answer: Answer, unit: Any) -> None:
@@ -102,7 +103,9 @@ def notes(answer: Answer) -> None:
         st.code("\n".join(defaults), language=None)
     with st.expander("Outside the tensors: sources"):
         terms = answer["memory"].get("device_terms") or {}
-        st.markdown("\n".join(f"- **{tables.words(name)}**: {_plain(term['source'])}" for name, term in terms.items()))
+        st.markdown(
+            "\n".join(f"- **{name.replace('_', ' ')}**: {_plain(term['source'])}" for name, term in terms.items())
+        )
 
 
 def downloads(plan: TrainingPlan | ServingPlan, answer: Answer) -> None:

@@ -46,6 +46,8 @@ def _experts(view: ConfigView, activation: str) -> Moe:
         activation=activation,
         shared=shared_experts(1, width, activation, "mlp.shared_expert"),
         shared_gate="mlp.shared_expert_gate",
+        routing="qwen",
+        normalises_weights=True,
     )
     return check_routing(view, moe)
 
