@@ -57,6 +57,7 @@ PALETTE: Mapping[str, Paint] = {
 _OTHER = Paint(colour=_GREY, pattern=".")
 _FONT = "Source Sans, Source Sans Pro, Helvetica, Arial, sans-serif"
 _LINE = "#808080"  # a contrast of 3.9 on white and 4.6 on the dark theme's ground
+_LEGEND_HEIGHT = 90  # the axis' labels, and a legend that takes three rows on a phone
 _VISIBLE_SHARE = 0.002  # less than a pixel or two of the bar's width: left to the table
 
 
@@ -69,7 +70,7 @@ def memory_bar(answer: Answer, unit: Unit = "GiB", *, title: str = "") -> Figure
     parts = _parts(memory)
     used, capacity = sum(parts.values()), memory["capacity"]
     scale = max(used, capacity)
-    figure = _figure(height=250, title=title)
+    figure = _figure(height=170 + _LEGEND_HEIGHT, title=title)
     for name, size in parts.items():
         figure.add_bar(
             **_bar(name, [size], [""], unit),
@@ -79,7 +80,7 @@ def memory_bar(answer: Answer, unit: Unit = "GiB", *, title: str = "") -> Figure
         )
     _capacity_line(figure, capacity, unit)
     _size_axis(figure, scale * 1.06, unit)
-    figure.update_layout(margin={"t": 28 if not title else 58}, yaxis={"visible": False}, bargap=0.1)
+    figure.update_layout(margin={"t": 58 if title else 28, "b": _LEGEND_HEIGHT}, yaxis={"visible": False}, bargap=0.1)
     return figure
 
 
@@ -115,7 +116,7 @@ def zero_states(stages: Mapping[str, Mapping[str, int]], unit: Unit = "GB", *, t
     """Training states of one rank, a stacked bar for each way of sharding: {label: {category: bytes}}."""
     labels = list(stages)
     parts = list(dict.fromkeys(part for states in stages.values() for part, size in states.items() if size))
-    figure = _figure(height=46 * len(labels) + 110, title=title)
+    figure = _figure(height=46 * len(labels) + 50 + _LEGEND_HEIGHT, title=title)
     for part in parts:
         sizes = [states.get(part, 0) for states in stages.values()]
         figure.add_bar(**_bar(part, sizes, labels, unit))
@@ -131,7 +132,11 @@ def zero_states(stages: Mapping[str, Mapping[str, int]], unit: Unit = "GB", *, t
         cliponaxis=False,
     )
     _size_axis(figure, max(totals) * 1.12, unit)
-    figure.update_layout(yaxis={"autorange": "reversed", "ticklabelstandoff": 6, "automargin": True}, bargap=0.35)
+    figure.update_layout(
+        margin={"b": _LEGEND_HEIGHT},
+        yaxis={"autorange": "reversed", "ticklabelstandoff": 6, "automargin": True},
+        bargap=0.35,
+    )
     return figure
 
 
@@ -193,10 +198,11 @@ def _figure(*, height: int, title: str) -> Figure:
 
     return Figure(
         layout={
+            "template": "none",
             "barmode": "stack",
             "height": height,
             "font": {"family": _FONT, "size": 14},
-            "title": {"text": title, "x": 0, "xanchor": "left", "font": {"size": 16}},
+            "title": {"text": title, "x": 0, "xanchor": "left", "pad": {"l": 8}, "font": {"size": 16}},
             "margin": {"l": 8, "r": 16, "t": 44 if title else 12, "b": 8},
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "rgba(0,0,0,0)",
@@ -230,6 +236,7 @@ def _size_axis(figure: Figure, largest: float, unit: Unit) -> None:
         ticktext=[f"{tick:g} {unit}" if tick == ticks[-1] else f"{tick:g}" for tick in ticks],
         gridcolor="rgba(128,128,128,0.25)",
         zeroline=False,
+        automargin=True,
         fixedrange=True,
     )
     figure.update_yaxes(fixedrange=True)

@@ -74,12 +74,12 @@ def _lora(t: Operations, method: Method, name: str, x: Tensor, out: str, result:
     first = t.weight(f"{down}.weight", (rank, x.dims[-1]), dtype=method.adapter_dtype, trainable=True)
     second = t.weight(f"{up}.weight", (out, rank), dtype=method.adapter_dtype, trainable=True)
     x = t.to(x, method.adapter_dtype)
-    x = t.dropout(x, method.dropout)
     if method.dora:
         return t.to(t.add(result, adapt_with_magnitude(t, method, name, x, result, first, second)), dtype)
+    low = (*x.dims[:-1], rank)
     result = t.add(
         result,
-        t.scale(t.product(t.product(x, first, (*x.dims[:-1], rank)), second, (*x.dims[:-1], out)), "scaling"),
+        t.scale(t.product(t.product(t.dropout(x, method.dropout), first, low), second, result.dims), "scaling"),
     )
     return t.to(result, dtype)
 
@@ -96,11 +96,11 @@ def _lora_4bit(t: Operations, method: Method, name: str, x: Tensor, out: str, re
     second = t.weight(f"{up}.weight", (out, rank), dtype=method.adapter_dtype, trainable=True)
     if t.compute is None:
         x = t.to(x, method.adapter_dtype)
-    x = t.dropout(x, method.dropout)
     if method.dora:
         adapted = t.add(result, adapt_with_magnitude(t, method, name, x, result, first, second))
         return t.to(adapted, result.dtype) if t.compute is None else adapted
-    output = t.product(t.product(x, first, (*x.dims[:-1], rank)), second, (*x.dims[:-1], out))
+    low = (*x.dims[:-1], rank)
+    output = t.product(t.product(t.dropout(x, method.dropout), first, low), second, result.dims)
     output = t.scale(output, "scaling")
     if t.compute is None:
         output = t.to(output, result.dtype)

@@ -219,8 +219,11 @@ def shared_masks(t: Operations, shape: ModelShape, dtype: str) -> None:
     do, else a boolean one, (1, 1, S, S). flash: none.
     """
     t.module = "mask"
+    t.shared("position_ids", ("1", "S"), "int64")
     for block in dict.fromkeys(shape.blocks):
         if isinstance(block.mixer, Attention):
+            if t.family in ("bloom", "falcon") and block.mixer.position_bias == "alibi":
+                t.shared("alibi", ("B", t.dim("A", block.mixer.heads), "1", "S"), dtype)
             if t.family != "mpt":
                 _mask(t, block.mixer, "S", "v+S" if t.method.name == "prefix" else "S", dtype)
             else:
@@ -423,7 +426,6 @@ def _math(
     )
     if mask is not None:
         scores = t.apply("add_", [scores], [(scores.dims, scores.dtype)], alias=True, in_place=True)[0]
-    del mask
     infinite = [(scores.dims, "bool"), (scores.dims[:-1], "bool")]
     scores = t.apply(
         "safe_softmax",
@@ -448,10 +450,18 @@ def _repeated(t: Operations, x: Tensor, heads: str) -> Tensor:
     return t.copy(x, (x.dims[0], heads, *x.dims[2:]), "repeat_kv")
 
 
+def _expanded(t: Operations, x: Tensor, heads: str) -> Tensor:
+    """The one key/value head seen once for every query head, without a copy."""
+    dims = (x.dims[0], heads, *x.dims[2:])
+    return t.apply("expand", [x], [(dims, x.dtype)], view=True, copies=True)[0]
+
+
 def _dense(t: Operations, spec: Attention, x: Tensor, *, rotated: bool = True) -> Tensor:
     """x as a batched product wants it: heads before positions. Projections are laid out the other way around."""
     if rotated and (_concatenates(t, spec) or t.family in _TURNS_HALVES):
         return x
+    if x.dims[2] == "v+S":
+        return x  # put together with a prefix
     return t.copy(x, operator="dense")
 
 
@@ -465,9 +475,13 @@ def _eager(
     """
     batch, heads, sequence, _ = query.dims
     grouped = spec.kv_heads != spec.heads
-    if grouped:
+    if spec.kv_heads == 1 and grouped:
+        key, value = _expanded(t, key, heads), _expanded(t, value, heads)
+        grouped = False
+    elif grouped:
         key, value = _repeated(t, key, heads), _repeated(t, value, heads)
-    weights = t.scale(_scores(t, _dense(t, spec, query), key if grouped else _dense(t, spec, key)))
+    rotated = spec.kv_heads > 1
+    weights = t.scale(_scores(t, _dense(t, spec, query), key if grouped else _dense(t, spec, key, rotated=rotated)))
     if spec.softcap:
         weights = t.scale(weights, "div")
         weights = t.map("tanh", weights, saves="output")

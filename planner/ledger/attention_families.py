@@ -52,8 +52,7 @@ def _weighted(t: Operations, spec: Attention, held: list[Tensor], value: Tensor)
     return t.view(result, (value.dims[0], value.dims[2], merged_width(t, spec))), weights
 
 
-def _scores_in_fp32(t: Operations, query: Tensor, key: Tensor) -> Tensor:
-    query, key = t.to(query, "fp32"), t.to(key, "fp32")
+def _scores(t: Operations, query: Tensor, key: Tensor) -> Tensor:
     return t.matmul(dense_copy(t, query), dense_copy(t, key), (*query.dims[:3], key.dims[2]))
 
 
@@ -74,10 +73,12 @@ def _gptj(t: Operations, spec: Attention, x: Tensor, hidden: str) -> tuple[Tenso
     key = t.cat([key_turned, key_passed], key.dims)
     query = t.cat([query_turned, query_passed], query.dims)
     t.module = "attention"
-    scores = t.scale(_scores_in_fp32(t, query, key))
+    query_fp32, key_fp32 = t.to(query, "fp32"), t.to(key, "fp32")
+    scores = t.scale(_scores(t, query_fp32, key_fp32))
     held = [t.add(scores, eager_mask(t, spec, sequence, query.dtype))]
     del scores
     result, weights = _weighted(t, spec, held, value)
+    del query_fp32, key_fp32
     result = t.linear(spec.out_name, result, hidden, bias=spec.out_bias)
     del table, places, both
     return result, weights
@@ -96,11 +97,13 @@ def _gpt_neo(t: Operations, spec: Attention, x: Tensor, hidden: str) -> tuple[Te
     """Unscaled scores in fp32, cut by a mask that the module owns, and by the model's mask on top."""
     query, key, value = _three_views(t, spec, x)
     t.module = "attention"
-    scores = _scores_in_fp32(t, query, key)
+    query_fp32, key_fp32 = t.to(query, "fp32"), t.to(key, "fp32")
+    scores = _scores(t, query_fp32, key_fp32)
     scores = t.apply("where", [scores], [(scores.dims, "fp32")])[0]
     held = [t.add(scores, eager_mask(t, spec, x.dims[1], query.dtype))]
     del scores
     result, weights = _weighted(t, spec, held, value)
+    del query_fp32, key_fp32
     return t.linear(spec.out_name, result, hidden, bias=spec.out_bias), weights
 
 
@@ -119,9 +122,8 @@ def _mpt(t: Operations, spec: Attention, x: Tensor, hidden: str) -> tuple[Tensor
     scores = t.scale(t.matmul(dense_copy(t, query), dense_copy(t, key), square))
     scores = t.apply("add", [scores, bias], [(square, "fp32")])[0]
     mask = t.shared("boolean mask", (x.dims[0], "1", sequence, sequence), "bool")
-    held = t.apply("masked_fill", [scores], [(square, "fp32")], saves=[mask])
-    del scores
-    result, weights = _weighted(t, spec, held, value)
+    scores = t.apply("masked_fill", [scores], [(square, "fp32")], saves=[mask])[0]
+    result, weights = _weighted(t, spec, [scores], value)  # the scores keep their name, and so their memory
     return t.linear(spec.out_name, result, hidden, bias=spec.out_bias), weights
 
 

@@ -22,10 +22,11 @@ __all__ = ["adapt_with_magnitude"]
 def adapt_with_magnitude(
     t: Operations, method: Method, name: str, x: Tensor, result: Tensor, first: Parameter, second: Parameter
 ) -> Tensor:
-    """What DoRA adds to the base product `result`, in the adapters' format. x: the (dropped) input in that format.
+    """What DoRA adds to the base product `result`, in the adapters' format. x: the input in that format.
 
     Without dropout the base product is used again; with it, the base weight meets the dropped input once more.
     """
+    x = t.dropout(x, method.dropout)
     delta, graph = _delta(t, first, second)
     magnitude = t.weight(f"{name}.lora_magnitude_vector.weight", (second.dims[0],), dtype=first.dtype, trainable=True)
     weight = _base_weight(t, name, x)

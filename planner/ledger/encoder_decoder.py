@@ -22,7 +22,7 @@ from planner.ledger.embedding import embed
 from planner.ledger.loss_head import project
 from planner.ledger.mlp import activate
 from planner.ledger.operations import Operations
-from planner.ledger.tape import Tensor
+from planner.ledger.tape import Node, Tensor
 from planner.model.shape import Attention, Block, Mlp, ModelShape, Tower
 
 __all__ = ["encoder_of", "run_encoder_decoder"]
@@ -44,7 +44,9 @@ def encoder_of(shape: ModelShape) -> Tower | None:
     return next((tower for tower in shape.towers if tower.role == "encoder"), None)
 
 
-def run_encoder_decoder(t: Operations, shape: ModelShape, encoder: Tower, live: list[Tensor]) -> tuple[list[int], int]:
+def run_encoder_decoder(
+    t: Operations, shape: ModelShape, encoder: Tower, live: list[Tensor], *, recomputed: bool
+) -> tuple[list[int], int]:
     """Record the forward pass after `input_ids` and append the loss to `live`; returns the segments in order.
 
     The first segment, 0 (the encoder's embedding), is not in the list; the second result is the head's.
@@ -55,7 +57,7 @@ def run_encoder_decoder(t: Operations, shape: ModelShape, encoder: Tower, live: 
     assert shape.embedding is not None and shape.head is not None
     source = _Shared()
     flow = [embed(t, shape.embedding)]
-    order = _run_stack(t, encoder.blocks, flow, source, 1)
+    order = _run_stack(t, encoder.blocks, flow, source, 1, recomputed)
     middle = max(order, default=0) + 1
     _begin(t, middle)
     x = _norm(t, encoder.final_norm_name, flow.pop())
@@ -66,7 +68,7 @@ def run_encoder_decoder(t: Operations, shape: ModelShape, encoder: Tower, live: 
     target = _Shared(context=context)
     ids = t.constant("decoder_input_ids", ("B", "S"), "int64")
     flow.append(embed(t, shape.embedding))
-    layers = _run_stack(t, shape.blocks, flow, target, middle + 1)
+    layers = _run_stack(t, shape.blocks, flow, target, middle + 1, recomputed)
     head = max(layers, default=middle) + 1
     _begin(t, head)
     x = _norm(t, shape.head.norm_name, flow.pop())
@@ -87,7 +89,9 @@ def _begin(t: Operations, segment: int) -> None:
     t.prefix = ""
 
 
-def _run_stack(t: Operations, blocks: tuple[Block, ...], flow: list[Tensor], shared: _Shared, first: int) -> list[int]:
+def _run_stack(
+    t: Operations, blocks: tuple[Block, ...], flow: list[Tensor], shared: _Shared, first: int, recomputed: bool
+) -> list[int]:
     """Run the first, one of the equal blocks between, and the last; returns the segment of every block."""
     segments: dict[tuple[bool, bool, Block], int] = {}
     order: list[int] = []
@@ -98,10 +102,35 @@ def _run_stack(t: Operations, blocks: tuple[Block, ...], flow: list[Tensor], sha
             segment = segments[key] = first + len(segments)
             t.begin("forward", segment)
             t.prefix = f"{segment}:"
-            flow.append(_block(t, block, flow[0], shared))
+            flow.append(_checkpointed(t, block, flow[0], shared, t.prefix) if recomputed else _block(t, block, flow[0], shared))
             flow.pop(0)
         order.append(segment)
     return order
+
+
+def _checkpointed(t: Operations, block: Block, x: Tensor, shared: _Shared, prefix: str) -> Tensor:
+    """One recomputed block. The biases go in and out of it; the first block makes them, and again in backward.
+
+    The zeros of cross-attention then require a gradient, too (T5Attention.forward), which stays with them.
+    """
+    assert isinstance(block.mixer, Attention)
+    if shared.bias is None:
+        shared.bias = _position_bias(t, block.mixer, recomputed=True)
+    if block.cross is not None and shared.cross_bias is None:
+        shared.cross_bias = t.constant("zeros", shared.bias.dims, x.dtype)
+        shared.cross_bias.requires_grad = True
+        shared.cross_bias.node = Node("leaf", t.module, t.segment, 1)
+
+    def program(x: Tensor, *others: Tensor) -> Tensor:
+        t.prefix = prefix
+        bias, context, cross_bias = (*others, None, None)[:3]
+        return _block(t, block, x, _Shared(bias=bias, context=context, cross_bias=cross_bias))
+
+    handed = [shared.bias]
+    if block.cross is not None:
+        assert shared.context is not None and shared.cross_bias is not None
+        handed += [shared.context, shared.cross_bias]
+    return t.checkpoint(program, x, *handed)
 
 
 def _block(t: Operations, block: Block, x: Tensor, shared: _Shared) -> Tensor:
@@ -170,7 +199,7 @@ def _projections(t: Operations, spec: Attention, x: Tensor, source: Tensor) -> t
     return query, key, value
 
 
-def _position_bias(t: Operations, spec: Attention) -> Tensor:
+def _position_bias(t: Operations, spec: Attention, *, recomputed: bool = False) -> Tensor:
     """Values of a small table for the bucket of each pair of positions: the int64 buckets, (S, S), are kept.
 
     Beside them pass, at most: the relative position, which lives longest, one bool matrix, and three int64 matrices
@@ -183,7 +212,9 @@ def _position_bias(t: Operations, spec: Attention) -> Tensor:
     relative = t.constant("relative position", square, "int64")
     passing = [(square, "int64")] * (3 if spec.causal else 4) + [(square, "bool")]
     (buckets,) = t.apply("buckets", [], [(square, "int64")], scratch=passing)
-    (bias,) = t.apply("embedding", [table], [(("1", t.dim("A", spec.heads), *square), table.dtype)], saves=[buckets])
+    size = (("1", t.dim("A", spec.heads), *square), table.dtype)
+    again = [(square, "int64")] if recomputed else []
+    (bias,) = t.apply("embedding", [table], [size], saves=[None if recomputed else buckets], backward_scratch=again)
     del relative
     return bias
 

@@ -5,10 +5,12 @@ Everything a neighbour's transfer keeps alive while a block runs is charged to t
 
 FSDP2 (torch 2.x, torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py, _fsdp_collectives.py):
     forward    the flat all-gather result is kept until the next unit has gathered (AllGatherState),
-               the last block's until the root's forward ends (_fsdp_state.py, _post_forward)         + 1 unit
+               the last block's until the root's forward ends (_fsdp_state.py, _post_forward)          + 1 unit
+    entering   wait_for_unshard's own variable keeps that of the block before while this one's weights
+               are copied out of theirs                                                                + 1 unit
     backward   the previous block's flat all-gather result is already there (backward prefetch)        + 1 unit
-               the reduce-scatter input of the block before is kept until this one reduces             + 1 unit, reduce
-    reduction  reduce-scatter input beside the unsharded gradients, then the sharded result
+               the reduce-scatter input of the block after is kept until this one reduces              + 1 unit, reduce
+    reduction  whole weights are freed first; then a reduce-scatter input beside the unsharded gradients, then the share
 FSDP1 (torch/distributed/fsdp/_runtime_utils.py, _flat_param.py):
     forward    one unit at a time (limit_all_gathers); its flat vector is what the weights are views of
     backward   the previous block's vector is already there (BACKWARD_PRE)                             + 1 unit
@@ -68,6 +70,8 @@ class ShardedOperations(Operations):
     units: dict[int, Unit] = field(default_factory=dict)
     root: list[Storage] = field(default_factory=list)
     window: list[Storage] = field(default_factory=list)
+    prefetched: list[Storage] = field(default_factory=list)
+    whole: dict[int, list[Storage]] = field(default_factory=dict)  # blocks that stay gathered until their backward
     kept: list[Storage] = field(default_factory=list)
     sharded: list[Storage] = field(default_factory=list)
 
@@ -78,24 +82,58 @@ class ShardedOperations(Operations):
         if self.gathering is None or not self.gathering.shards_weights:
             return
         self.module = "sharding"
+        if phase == "forward":
+            self._enter_forward(segment)
+        else:
+            self._enter_backward(segment)
+
+    def _enter_forward(self, segment: int) -> None:
+        assert self.gathering is not None
         fsdp2 = self.gathering.engine == "fsdp2"
         if self._is_root(segment):
-            if phase == "forward" and not self.root:
+            if not self.root:
+                if fsdp2:
+                    self._gather(self.units[0], self.window, "all-gather result")
                 self._gather(self.units[0], self.root, "gathered weights")
-            elif phase == "forward" and fsdp2 and len(self.units) > 1:
-                self._gather(self.units[max(self.units)], self.window, "all-gather result")  # no unit comes to free it
-            elif phase == "backward" and segment != 0 and len(self.units) > 1 and self.gathering.prefetch:
-                self._gather(self.units[max(self.units)], self.window, "prefetched weights")
+            elif fsdp2 and len(self.units) > 1:
+                self._gather(self.units[self._last], self.window, "all-gather result")  # no unit comes to free it
+            return
+        before, self.window = self.window, []  # the root's flat result, where this is the first block
+        if fsdp2:
+            if not before:
+                self._gather(self.units[segment], before, "all-gather result")
+            self._gather(self.units[segment], self.window, "all-gather result")
+        whole = self.window if self.gathering.reshard else self.whole.setdefault(segment, [])
+        self._gather(self.units[segment], whole, "gathered weights")
+        before.clear()
+
+    def _enter_backward(self, segment: int) -> None:
+        assert self.gathering is not None
+        fsdp2, fetches = self.gathering.engine == "fsdp2", self.gathering.prefetch and self.gathering.reshard
+        if self._is_root(segment):
+            if segment == 0 and fsdp2 and 1 in self.units:
+                self._reduce_input(self.units[1], self.window)
+            elif segment != 0 and len(self.units) > 1 and fetches:
+                self._gather(self.units[self._last], self.window, "prefetched weights")
             return
         unit = self.units[segment]
-        self._gather(unit, self.window, "gathered weights")
-        if phase == "backward":
-            for _ in range(self.gathering.prefetch if segment > 1 else 0):  # nothing is left to fetch before the first
-                self._gather(unit, self.window, "prefetched weights")
+        if fsdp2 and segment != self._last:
+            self._reduce_input(unit, self.window)
+        if segment in self.whole:
+            self.window.extend(self.whole.pop(segment))
+        else:
+            flat: list[Storage] = []
             if fsdp2:
-                self._reduce_input(unit, self.window)
-        elif fsdp2:
-            self._gather(unit, self.window, "all-gather result")
+                self._gather(unit, flat, "all-gather result")
+            self._gather(unit, self.window, "gathered weights")
+            del flat
+        for _ in range(self.gathering.prefetch if fetches and segment > 1 else 0):  # the first has none before it
+            self._gather(unit, self.prefetched, "prefetched weights")
+
+    @property
+    def _last(self) -> int:
+        """The segment of the last block, which is always one of its own."""
+        return max(self.units)
 
     def leave(self, phase: str, segment: int) -> None:
         """Free the window; in backward, reduce the unit's gradients first."""
@@ -110,6 +148,7 @@ class ShardedOperations(Operations):
                 self.root.clear()
                 self.kept.clear()
         self.window.clear()
+        self.prefetched.clear()
 
     def recomputed(self, x: Storage, gradient: Storage | None) -> None:
         """FSDP1 with frozen weights under reentrant checkpointing keeps each recomputed input and its gradient.

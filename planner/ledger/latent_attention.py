@@ -34,7 +34,9 @@ def _attended(t: Operations, spec: LatentAttention, x: Tensor, heads: str, size:
     states = t.view(_queries(t, spec, x), (batch, heads, sequence, size))
     passed, turned = t.split(_transposed(t, states), [(*states.dims[:3], nope), (*states.dims[:3], rope)])
     latent = t.dim("latent", spec.kv_rank)
-    packed = t.linear("self_attn.kv_a_proj_with_mqa", x, t.dim("latent+R", spec.kv_rank + spec.rope_dim), bias=spec.bias)
+    packed = t.linear(
+        "self_attn.kv_a_proj_with_mqa", x, t.dim("latent+R", spec.kv_rank + spec.rope_dim), bias=spec.bias
+    )
     compressed, key_turned = t.split(packed, [(batch, sequence, latent), (batch, sequence, rope)])
     compressed = normalise(t, spec.norm, "self_attn.kv_a_layernorm", compressed)
     key_turned = t.view(key_turned, (batch, "1", sequence, rope))
@@ -75,7 +77,9 @@ def _unpacked(
     wide = _transposed(t, t.view(wide, (batch, heads, sequence, both)))
     nope, value_size = t.dim("N", spec.nope_dim), t.dim("E", spec.value_dim)
     passed, value = t.split(wide, [(batch, heads, sequence, nope), (batch, heads, sequence, value_size)])
-    expanded = t.apply("expand", [turned], [((batch, heads, sequence, turned.dims[3]), turned.dtype)], view=True, copies=True)
+    expanded = t.apply(
+        "expand", [turned], [((batch, heads, sequence, turned.dims[3]), turned.dtype)], view=True, copies=True
+    )
     key = t.constant("new_empty", (batch, heads, sequence, size), latent.dtype)
     key = _copied_into(t, key, passed)
     key = _copied_into(t, key, expanded[0])
@@ -87,9 +91,7 @@ def _copied_into(t: Operations, whole: Tensor, part: Tensor) -> Tensor:
     one, a copy of the part, and zeros written in its place.
     """
     scratch = [(part.dims, part.dtype)] if whole.requires_grad else [(whole.dims, whole.dtype)]
-    return t.apply(
-        "copy slice", [whole, part], [(whole.dims, whole.dtype)], in_place=True, backward_scratch=scratch
-    )[0]
+    return t.apply("copy slice", [whole, part], [(whole.dims, whole.dtype)], in_place=True, backward_scratch=scratch)[0]
 
 
 def _core(t: Operations, spec: LatentAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

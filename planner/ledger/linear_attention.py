@@ -105,9 +105,7 @@ def _delta_rule(
     query = _unit(t, query)
     key = _unit(t, key)
     query = t.scale(query)
-    query, key, value = (
-        _padded(t, x, (batch, heads, padded, x.dims[-1])) for x in (query, key, value)
-    )
+    query, key, value = (_padded(t, x, (batch, heads, padded, x.dims[-1])) for x in (query, key, value))
     beta, decay = (_padded(t, x, (batch, heads, padded)) for x in (beta, decay))
     factor = t.view(beta, (batch, heads, padded, "1"))
     v_beta = t.mul(value, factor, value.dims)
@@ -148,9 +146,7 @@ def _padded(t: Operations, x: Tensor, dims: Dims) -> Tensor:
 
 def _solved(t: Operations, system: Tensor, right: Tensor) -> Tensor:
     """solve_triangular: keeps the system and its own result."""
-    return t.apply(
-        "solve_triangular", [system, right], [(right.dims, "fp32")], saves=[system], saves_outputs=(0,)
-    )[0]
+    return t.apply("solve_triangular", [system, right], [(right.dims, "fp32")], saves=[system], saves_outputs=(0,))[0]
 
 
 def _scanned(t: Operations, core: Tensor, inputs: list[Tensor]) -> Tensor:
@@ -165,6 +161,8 @@ def _scanned(t: Operations, core: Tensor, inputs: list[Tensor]) -> Tensor:
     chunks = t.dim("n", t.sizes[padded] // CHUNK)
     saved = [(new_values.dims, "fp32"), ((batch, heads, chunks, wide, out), "fp32")]
     passing = [((batch, heads, t.dim("64", CHUNK), out), "fp32")] * 3
+    if not t.enabled:  # nothing is kept, but one chunk's values and the state before it live in local variables
+        passing += [passing[0], ((batch, heads, wide, out), "fp32")]
     return t.apply(
         "scan",
         [core, *inputs],

@@ -171,13 +171,15 @@ def _torchtune_chunks(t: Operations, head: Head, x: Tensor, loss: CrossEntropy) 
 def _litgpt_chunks(t: Operations, head: Head, x: Tensor, loss: CrossEntropy) -> Tensor:
     """The projection of 128 positions at a time; Lightning Fabric turns the list to fp32; a loss for each chunk.
 
-    The training loop's variable `logits` keeps the fp32 chunks until the step's next forward pass
+    The training loop's variable `logits` keeps the fp32 chunks until the model's next forward pass has returned
     (lightning/fabric/wrappers.py _FabricModule.forward; litgpt/finetune/lora.py fit).
     """
     count = int(np.max(-(-np.asarray(t.sizes["S"]) // LITGPT_HEAD_CHUNK)))
+    t.module = "loss"
+    previous = t.allocate("previous logits", ("B", "S", t.dim("V", head.rows)), "fp32")
     narrow = [logits_of(t, head, part) for part in _chunks(t, x, LITGPT_HEAD_CHUNK, count)]
     chunks = [t.to(chunk, "fp32") for chunk in narrow]
-    del narrow
+    del narrow, previous
     t.hold(*chunks)
     labels = t.constant("labels", ("B", "S"), "int64")
     parts = [t.view(chunk, chunk.dims) for chunk in chunks[:-1]]
@@ -191,7 +193,10 @@ def _litgpt_chunks(t: Operations, head: Head, x: Tensor, loss: CrossEntropy) -> 
 
 def _litgpt_flat(t: Operations, head: Head, x: Tensor, loss: CrossEntropy) -> Tensor:
     """All logits, turned to fp32 by Fabric, cut by one position, and a loss for each 128 of them: finetune/full.py."""
+    t.module = "loss"
+    previous = t.allocate("previous logits", ("B", "S", t.dim("V", head.rows)), "fp32")
     logits = t.to(logits_of(t, head, x), "fp32")
+    del previous
     t.hold(logits)
     t.dim("S-1", t.sizes["S"] - 1)
     (cut,) = t.slices(logits, [("B", "S-1", logits.dims[-1])])

@@ -96,8 +96,8 @@ def _quick_gelu(t: Operations, x: Tensor) -> Tensor:
 
 
 def _relu_squared(t: Operations, x: Tensor) -> Tensor:
-    """square(relu(x)): relu's output is kept once, by relu and by square."""
-    return t.map("square", t.map("relu", x, saves="output"))
+    """square(relu(x)), which is pow(..., 2): relu's output is kept once, by both."""
+    return t.map("pow", t.map("relu", x, saves="output"))
 
 
 _SAVES_INPUT = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_tanh", "mish")

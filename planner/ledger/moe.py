@@ -25,18 +25,21 @@ Routing = tuple[Tensor, Tensor, Tensor]  # logits, weights of the chosen experts
 def mixture_of_experts(t: Operations, moe: Moe, x: Tensor, hidden: str) -> Tensor:
     """The layer's output for x, (B, S, H)."""
     route = _ROUTERS.get(moe.routing)
-    if route is None or moe.layout == "rows" or not moe.stacked or moe.latent or moe.every_expert:
+    if route is None or moe.layout == "rows" or moe.latent or moe.every_expert:
         raise NotCovered("the activations of this kind of mixture of experts are not in the ledger.")
+    if not moe.stacked:
+        return _one_by_one(t, moe, x, hidden)
     if moe.jitter:
         noise = t.constant("jitter", x.dims, x.dtype)
         (x,) = t.apply("mul_", [x], [(x.dims, x.dtype)], in_place=True, saves=[noise])
         del noise
     shared = None
-    if moe.shared is not None and moe.shared_gate is not None or moe.routing == "ernie":
+    if moe.shared_gate is not None or moe.routing == "ernie":
         shared = _shared(t, moe, x, hidden)
     residual = x
     logits, weights, index = route(t, moe, x)
     x = _experts(t, moe, x, index, weights)
+    del logits  # the block's `_`
     if moe.shared is None:
         return x
     if shared is None:
@@ -46,6 +49,42 @@ def mixture_of_experts(t: Operations, moe: Moe, x: Tensor, hidden: str) -> Tenso
         shared = t.mul(t.map("sigmoid", t.linear(moe.shared_gate, residual, "1"), saves="output"), shared)
     x = t.add(x, shared)
     return x
+
+
+def _one_by_one(t: Operations, moe: Moe, x: Tensor, hidden: str) -> Tensor:
+    """Experts in a Python loop, each on the rows routed to it: transformers 4.x, modeling_mixtral.py, modeling_qwen2_moe.py.
+
+    The rows of an expert depend on the router; here every expert gets its even share, ceil(B S k / X). What is saved
+    adds up to the same whatever the share is; what passes by for one expert at a time does not.
+    """
+    if moe.routing not in ("mixtral", "qwen") or not moe.gated or moe.expert_bias or moe.jitter or moe.shared is not None:
+        raise NotCovered("this mixture of experts is covered as transformers 5 runs it, not as a loop over modules.")
+    logits, weights, index = _ROUTERS[moe.routing](t, moe, x)
+    weights = t.to(weights, x.dtype)
+    width = t.dim("F", moe.width)
+    share = -(-t.sizes["B"] * t.sizes["S"] * moe.top_k // moe.experts)
+    rows = t.dim("routed", share)
+    t.module = moe.experts_name
+    result = t.constant("zeros", x.dims, x.dtype)
+    mask = t.constant("expert mask", (*index.dims, t.dim("X", moe.experts)), "int64")
+    gate_name, up_name, down_name = moe.expert_names
+    for expert in range(moe.experts):
+        name = f"{moe.experts_name}.{expert}"
+        picked = t.constant("where", ("2", rows), "int64")
+        state = t.apply("index", [x], [((rows, hidden), x.dtype)], saves=[picked])[0]
+        inner = t.mul(
+            activate(t, moe.activation, t.linear(f"{name}.{gate_name}", state, width)),
+            t.linear(f"{name}.{up_name}", state, width),
+        )
+        current = t.linear(f"{name}.{down_name}", inner, hidden)
+        del inner
+        share_of = t.apply("index", [weights], [((rows, "1"), weights.dtype)], saves=[picked])[0]
+        current = t.mul(current, share_of, (rows, hidden))
+        result = t.apply(
+            "index_add_", [result, current], [(x.dims, x.dtype)], saves=[picked], alias=[True, False], in_place=True
+        )[0]
+    del mask, logits
+    return result
 
 
 def _shared(t: Operations, moe: Moe, x: Tensor, hidden: str) -> Tensor | None:

@@ -54,6 +54,7 @@ class Operations(Tape):
     unpacked: str = "bf16"  # what 4-bit weights are multiplied in outside autocast
     packed_from: str = "bf16"  # the format that 4-bit weights were packed from, and are unpacked to first
     double_quantization: bool = False
+    kept_inputs: set[int] = field(default_factory=set)  # rows that 4-bit products keep as attributes of their nodes
     inputs_require_grad: bool = False  # peft's enable_input_require_grads: the embedding's output is made to need one
     held: list[Storage] = field(default_factory=list)
     model_locals: list[Storage] = field(
@@ -176,6 +177,8 @@ class Operations(Tape):
         if self.double_quantization and made == copy:
             first.append(((scales,), "fp32"))
         self.module = weight.name.rpartition(":")[2].rpartition(".")[0]
+        if self.profile.packed_saves_input:
+            self.kept_inputs.add(inner.storage.index)
         unpacking = [self.allocate("unpack", dims, dtype) for dims, dtype in first]
         unpacking.clear()
         inputs: list[Tensor | Parameter] = [inner] if bias is None else [inner, bias]

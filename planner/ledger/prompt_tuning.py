@@ -36,11 +36,14 @@ def prepend_prompt(t: Operations, x: Tensor, caller: list[Storage]) -> Tensor:
     virtual = t.dim("v", method.virtual_tokens)
     labels = [t.constant("full", (batch, virtual), "int64"), t.constant("cat", (batch, "S"), "int64")]
     table = t.weight(PROMPT_TABLE, (virtual, hidden), dtype=method.adapter_dtype, trainable=True)
-    (prompt,) = t.apply("embedding", [table], [(("1", virtual, hidden), table.dtype)])
+    tokens = t.constant("expand", (batch, virtual), "int64")
+    (prompt,) = t.apply("embedding", [table], [(("1", virtual, hidden), table.dtype)], saves=[tokens])
+    del tokens
     prompt = t.copy(prompt, (batch, virtual, hidden), "repeat")
     prompt = t.to(prompt, x.dtype)
-    caller.extend(tensor.storage for tensor in (*labels, prompt))
-    return t.cat([prompt, x], (batch, "S", hidden))
+    whole = t.cat([prompt, x], (batch, "S", hidden))
+    caller.extend(tensor.storage for tensor in (*labels, prompt, whole))
+    return whole
 
 
 def prefix_width(shape: ModelShape) -> int:
@@ -74,7 +77,9 @@ def make_prefix(t: Operations, shape: ModelShape, dtype: str) -> list[tuple[Tens
     t.dim("v+S", method.virtual_tokens + t.sizes["S"])
     wide, both = t.dim("2LKD", 2 * layers * width), t.dim("2", 2)
     table = t.weight(PROMPT_TABLE, (virtual, wide), dtype=method.adapter_dtype, trainable=True)
-    (past,) = t.apply("embedding", [table], [(("B", virtual, wide), table.dtype)])
+    tokens = t.constant("expand", ("B", virtual), "int64")
+    (past,) = t.apply("embedding", [table], [(("B", virtual, wide), table.dtype)], saves=[tokens])
+    del tokens
     past = t.view(t.to(past, dtype), ("B", virtual, wide))
     parts = t.split(past, [(both, "B", groups, virtual, size)] * layers)
     del past

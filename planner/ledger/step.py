@@ -48,7 +48,7 @@ CATEGORIES = (
 LARGEST_TENSOR_BYTES = 2**50
 _OF_SHARDING = {
     "gathered weights": "unsharded_parameters",
-    "prefetched weights": "unsharded_parameters",
+    "prefetched weights": "communication_buffers",
     "all-gather result": "communication_buffers",
     "reduce-scatter input": "communication_buffers",
     "sharded gradient": "gradients",
@@ -118,17 +118,18 @@ def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
         t.embedding_name = f"{shape.embedding.name}.weight"
     encoder = encoder_of(shape)
     if encoder is not None:
-        if setting.gathering is not None or _recomputes(setting.recompute):
-            raise NotCovered("encoder-decoder models are in the ledger without recomputation and without sharding.")
+        if setting.gathering is not None or setting.recompute.mode not in ("none", "full"):
+            raise NotCovered("encoder-decoder models are in the ledger without sharding, recomputed fully or not at all.")
         live = [ids]
         del ids
-        layers, head = run_encoder_decoder(t, shape, encoder, live)
+        layers, head = run_encoder_decoder(t, shape, encoder, live, recomputed=_recomputes(setting.recompute))
         return _close(t, layers, head, live)
     t.inputs_require_grad = setting.recompute.mode != "none" and _asks_inputs_for_gradients(setting)
     t.family = shape.model_type
     t.attention = attention_of(t.family, t.attention)
     t.positions = shape.max_positions or 0
     t.recomputes = _recomputes(setting.recompute)
+    past = make_prefix(t, shape, setting.precision.weights) if setting.method.name == "prefix" else []
     caller: list[Storage] = []  # local variables around the model's forward
     if setting.method.name == "prompt":
         t.virtual = partial(prepend_prompt, caller=caller)
@@ -137,13 +138,13 @@ def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
         x = _embedded(t, shape)
     _shared_tables(t, shape, x.dtype)
     shared_masks(t, shape, x.dtype)
-    past = make_prefix(t, shape, x.dtype) if setting.method.name == "prefix" else []
     flow = [x]
     del x
     layers = _run_blocks(t, shape, setting, flow, past)
     head = max(layers, default=0) + 1
     t.prefix = ""
     t.begin("forward", head)
+    t.enter("forward", head)
     if shape.head is None:
         raise NotCovered(f'a model without an output head ("{shape.model_type}") has no training step in the ledger.')
     x = normalise(t, shape.head.norm, shape.head.norm_name, flow.pop())
@@ -154,9 +155,11 @@ def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
     if not _recomputes(setting.recompute):
         t.masks.clear()  # recomputed blocks keep the masks and tables that they were called with
         t.rotary = ()
+    last_graph = _kept_by_last_graph(t, layers)
     megatron = t.profile.name == "megatron"
     loss = megatron_loss(t, shape.head, x) if megatron else loss_of(t, shape.head, x, setting.loss)
-    del x
+    del x, last_graph
+    t.window.clear()
     caller.clear()
     t.cache.clear()
     live = [ids, loss]
@@ -272,6 +275,20 @@ def _shared_tables(t: Operations, shape: ModelShape, dtype: str) -> None:
             return
 
 
+def _kept_by_last_graph(t: Operations, layers: Sequence[int]) -> Storage | None:
+    """What the previous micro-batch's graph still holds while the next loss is computed.
+
+    bitsandbytes up to 0.42 keeps a product's input as an attribute of its autograd node, not as a saved tensor, so
+    backward does not free it; the graph lives until the training loop assigns the next loss (litgpt's loops do not
+    detach it). Recorded where it matters, beside the head; for micro-batches that are all of one length.
+    """
+    if not t.kept_inputs:
+        return None
+    total = sum(t.rows[index - 1].size * layers.count(t.rows[index - 1].segment) for index in sorted(t.kept_inputs))
+    t.module = "last graph"
+    return t.allocate("inputs kept by the last graph", (t.dim("last graph", total),), "uint8")
+
+
 def _run_blocks(
     t: ShardedOperations, shape: ModelShape, setting: Setting, flow: list[Tensor], past: list[tuple[Tensor, Tensor]]
 ) -> list[int]:
@@ -285,7 +302,7 @@ def _run_blocks(
     order: list[int] = []
     size = _group_size(setting.recompute, len(shape.blocks))
     first_trained = len(shape.blocks) - setting.method.trainable_layers
-    keeps = setting.gathering is not None and setting.gathering.engine == "fsdp1"
+    keeps = setting.gathering is not None and setting.gathering.shards_weights
     kinds = _kinds(shape.blocks)
     for start in range(0, len(shape.blocks), size):
         indices = range(start, min(start + size, len(shape.blocks)))

@@ -201,7 +201,8 @@ class Tape:
             if known is None:
                 self.sizes[name] = size
                 return name
-            if known is size or bool(known == size):
+            same = known is size or known == size
+            if same if isinstance(same, bool) else bool(np.all(same)):
                 return name
             name += "'"
 

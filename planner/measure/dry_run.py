@@ -327,6 +327,7 @@ def replay_training_step(
                 loss_value.backward()
                 if not hold_loss:
                     loss_value = loss_value.detach()
+            memory.adopt([p.grad for p in model.parameters() if p.grad is not None], role="gradients")
             memory.mark("optimizer")
             stepper.step()
             for _key, value, on_host in stepper.states():

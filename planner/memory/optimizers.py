@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from planner.errors import UnknownField, nearest
 from planner.formats import BITS
 from planner.ledger.parameters import StateTensor
-from planner.memory.allocator import fresh_block_bytes
+from planner.ledger.tape import allocated_bytes
 from planner.plan import Optimizer
 
 __all__ = ["OPTIMIZERS", "OptimizerBytes", "optimizer_bytes"]
@@ -49,11 +49,11 @@ def _width(tensor: StateTensor, state_format: str) -> int:
 
 
 def _each(tensors: Sequence[StateTensor], size: Callable[[StateTensor], int]) -> int:
-    return sum(tensor.repeat * fresh_block_bytes(size(tensor)) for tensor in tensors)
+    return sum(tensor.repeat * allocated_bytes(size(tensor)) for tensor in tensors)
 
 
 def _largest(tensors: Sequence[StateTensor], size: Callable[[StateTensor], int]) -> int:
-    return max((fresh_block_bytes(size(tensor)) for tensor in tensors), default=0)
+    return max((allocated_bytes(size(tensor)) for tensor in tensors), default=0)
 
 
 def _adam(optimizer: Optimizer, tensors: Sequence[StateTensor], state_format: str) -> OptimizerBytes:
@@ -104,10 +104,10 @@ def _adafactor(optimizer: Optimizer, tensors: Sequence[StateTensor], state_forma
 
     def state(tensor: StateTensor) -> int:
         if len(tensor.shape) < 2:
-            return fresh_block_bytes(4 * tensor.elements)
+            return allocated_bytes(4 * tensor.elements)
         *rest, rows, columns = tensor.shape
         outer = tensor.elements // (rows * columns)
-        return fresh_block_bytes(4 * outer * rows) + fresh_block_bytes(4 * outer * columns)
+        return allocated_bytes(4 * outer * rows) + allocated_bytes(4 * outer * columns)
 
     def temporaries(tensor: StateTensor) -> int:
         return tensor.elements * (16 if BITS[tensor.dtype] < 32 else 8)
@@ -133,17 +133,17 @@ def _paged_adam_8bit(optimizer: Optimizer, tensors: Sequence[StateTensor], state
 
 
 def _eight_bit(tensors: Sequence[StateTensor], *, paged: bool) -> tuple[int, int]:
-    states, managed = 2 * fresh_block_bytes(256 * 4), 0
+    states, managed = 2 * allocated_bytes(256 * 4), 0
     for tensor in tensors:
         n = tensor.elements
         if n < EIGHT_BIT_SMALLEST:
-            states += tensor.repeat * 2 * fresh_block_bytes(4 * n)
+            states += tensor.repeat * 2 * allocated_bytes(4 * n)
             continue
-        states += tensor.repeat * 2 * fresh_block_bytes(4 * -(-n // EIGHT_BIT_BLOCK))
+        states += tensor.repeat * 2 * allocated_bytes(4 * -(-n // EIGHT_BIT_BLOCK))
         if paged and n >= PAGED_SMALLEST:
             managed += tensor.repeat * 2 * n
         else:
-            states += tensor.repeat * 2 * fresh_block_bytes(n)
+            states += tensor.repeat * 2 * allocated_bytes(n)
     return states, managed
 
 
@@ -172,9 +172,9 @@ def _galore(optimizer: Optimizer, tensors: Sequence[StateTensor], state_format: 
     def state(tensor: StateTensor) -> int:
         width = _width(tensor, state_format)
         if not projected(tensor):
-            return 2 * fresh_block_bytes(tensor.elements * width)
+            return 2 * allocated_bytes(tensor.elements * width)
         short, long = sorted(tensor.shape)
-        return fresh_block_bytes(optimizer.rank * short * width) + 2 * fresh_block_bytes(optimizer.rank * long * width)
+        return allocated_bytes(optimizer.rank * short * width) + 2 * allocated_bytes(optimizer.rank * long * width)
 
     def temporaries(tensor: StateTensor) -> int:
         if not projected(tensor):

@@ -25,7 +25,7 @@ from planner.memory.kv_pages import page_plan
 from planner.memory.serving_activations import forward_bytes, logits_bytes
 from planner.memory.serving_engines import EngineRule, engine_rule
 from planner.memory.serving_weights import ServingWeights, serving_weights
-from planner.model.shape import Attention, LatentAttention, ModelShape
+from planner.model.shape import Attention, LatentAttention, ModelShape, Moe
 from planner.plan import ServingPlan
 
 __all__ = ["ServingMemory", "serving_memory"]
@@ -177,7 +177,7 @@ def serving_memory(plan: ServingPlan, shape: ModelShape, device: Device) -> Serv
         stage=stage.index,
         engine_version=rule.version,
         assumptions=_assumptions(plan, shape, device, rule, weights, cache),
-        warnings=_warnings(plan, shape, context, fits, concurrent, longest, layers),
+        warnings=_warnings(plan, shape, rule, context, fits, concurrent, longest, layers),
     )
 
 
@@ -282,6 +282,9 @@ def _assumptions(
         stated.append(f"kv_cache.dtype auto: {'fp32' if cache == 'fp32' else '16 bits'}, as the model computes")
     if plan.quantization == "nf4":
         stated.append("nf4 with double quantisation: 4.127 bits a weight; without it 4.5")
+    stacked = any(isinstance(block.ffn, Moe) and block.ffn.stacked for block in shape.blocks)
+    if plan.engine == "transformers" and plan.quantization in ("nf4", "int8") and stacked:
+        stated.append("bitsandbytes replaces nn.Linear alone: stacked experts stay in 16 bits under transformers 5")
     if plan.quantization == "fp8" and shape.quantization != "fp8":
         stated.append("fp8 with one fp32 scale for each output row; embeddings and output projection in 16 bits")
     if plan.engine == "vllm" and plan.quantization in ("none", "mxfp4") and shape.model_type == "gpt_oss":
@@ -302,6 +305,7 @@ def _assumptions(
 def _warnings(
     plan: ServingPlan,
     shape: ModelShape,
+    rule: EngineRule,
     context: int,
     fits: bool,
     concurrent: int,
@@ -313,6 +317,11 @@ def _warnings(
         found.append(f"context_length {context} is beyond the model's {shape.max_positions} positions")
     if not layers:
         found.append("the model keeps no cache between tokens that this version describes")
+    if plan.hardware.memory_utilization is not None and plan.engine in ("transformers", "llama.cpp"):
+        found.append(f"hardware.memory_utilization is not used: {plan.engine} reserves no share of the device")
+    most = None if rule.most_sequences is None else rule.most_sequences * plan.parallelism.data
+    if most is not None and plan.requests.concurrency > most:
+        found.append(f"{plan.engine} runs {most} sequences at once by default; --max-num-seqs raises it, and its peak")
     if not fits and concurrent > 0:
         found.append(
             f"{concurrent} sequences of {context} tokens run at once; the rest of {plan.requests.concurrency} wait"

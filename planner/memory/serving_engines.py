@@ -58,33 +58,34 @@ _CONTEXT = Source(
 class EngineRule:
     """One engine on one device with one plan.
 
-    pages: the cache is a pool of vLLM's pages.
     budget: bytes that weights, cache, activations and `terms` may take together.
-    static: activations and terms lie outside the budget (sglang's fraction).
-    pool_fraction: share of what is left of the budget that becomes the cache.
     prefill_tokens: most tokens in one forward pass. prompt_tokens: None where the engine plans for that many, whatever
-        comes; else a pass holds the prompts of its sequences.
-    in_flight: tokens that windowed layers hold beyond their window. activation_floor: what the peak is at least.
-    context_step: contexts are padded to it. reserves: the pool is taken at start.
-    convolution: format of convolution states. windows: windowed layers forget.
+        comes; else a pass holds the prompts of its sequences. activation_floor: what the peak is at least.
+    static: activations and terms lie outside the budget (sglang's fraction).
+    pool_fraction: share of what is left of the budget that becomes the cache. reserves: the pool is taken at start.
+    pages: the cache is a pool of vLLM's pages. in_flight: tokens that windowed layers hold beyond their window.
+    context_step: contexts are padded to it. windows: windowed layers forget.
+    most_sequences: what the scheduler runs at once by default; None where it has no such limit.
+    convolution: format of convolution states.
     """
 
     version: str
-    pages: bool
     budget: int
-    pool_fraction: float
-    static: bool
     prefill_tokens: int
-    prompt_tokens: int | None
-    in_flight: int
-    activation_floor: int
-    terms: tuple[DeviceTerm, ...]
-    block_size: int
-    context_step: int
-    reserves: bool
-    convolution: str
-    windows: bool
     assumptions: tuple[str, ...]
+    prompt_tokens: int | None = None
+    activation_floor: int = 0
+    terms: tuple[DeviceTerm, ...] = ()
+    static: bool = False
+    pool_fraction: float = 1.0
+    reserves: bool = False
+    pages: bool = False
+    in_flight: int = 0
+    block_size: int = 1
+    context_step: int = 1
+    windows: bool = True
+    most_sequences: int | None = None
+    convolution: str = "bf16"
 
     def sequence_needs(self, layers: tuple[CacheLayers, ...]) -> Callable[[int], int]:
         """Bytes of the cache that one sequence takes on this engine, as a function of its context that never falls.
@@ -177,18 +178,13 @@ def _vllm(plan: ServingPlan, shape: ModelShape, device: Device) -> EngineRule:
         version="0.33",
         pages=True,
         budget=math.ceil(device.memory_capacity_bytes * share),
-        pool_fraction=1.0,
-        static=False,
         prefill_tokens=tokens,
-        prompt_tokens=None,
         in_flight=tokens * (degrees.pipeline + 1),
         activation_floor=_sampler_floor(shape, sequences),
         terms=(not_torch, graphs),
         block_size=plan.kv_cache.block_size,
-        context_step=1,
         reserves=True,
-        convolution="bf16",
-        windows=True,
+        most_sequences=sequences,
         assumptions=(
             f"vllm 0.33 with {whose} gpu_memory_utilization {share:g} of what CUDA reports as total",
             f"vllm's defaults on this device: max_num_batched_tokens {tokens}, max_num_seqs {sequences}",
@@ -224,20 +220,11 @@ def _sglang(plan: ServingPlan, shape: ModelShape, device: Device) -> EngineRule:
     before = device.memory_capacity_bytes - _context_term().bytes
     return EngineRule(
         version="0.5.23",
-        pages=False,
         budget=int(before * share),
-        pool_fraction=1.0,
         static=True,
         prefill_tokens=chunk,
-        prompt_tokens=None,
-        in_flight=0,
-        activation_floor=0,
         terms=(_context_term(),),
-        block_size=1,
-        context_step=1,
         reserves=True,
-        convolution="bf16",
-        windows=True,
         assumptions=(
             f"sglang 0.5.23 with {whose} mem_fraction_static {share:g} of the memory free before loading",
             f"sglang's chunked prefill of {chunk} tokens on this device; graphs of prefill batches are not counted",
@@ -250,20 +237,12 @@ def _tensorrt(plan: ServingPlan, device: Device) -> EngineRule:
     share, whose = _share(plan, TENSORRT_FRACTION)
     return EngineRule(
         version="1.x",
-        pages=False,
         budget=device.memory_capacity_bytes,
         pool_fraction=share,
-        static=False,
         prefill_tokens=8192,
-        prompt_tokens=None,
-        in_flight=0,
-        activation_floor=0,
         terms=(_context_term(),),
         block_size=plan.kv_cache.block_size,
-        context_step=1,
         reserves=True,
-        convolution="bf16",
-        windows=True,
         assumptions=(
             f"tensorrt-llm with {whose} free_gpu_memory_fraction {share:g} of what is free after weights and "
             "activations (docs, reference/memory), max_num_tokens 8192",
@@ -280,18 +259,12 @@ def _llama_cpp(plan: ServingPlan, shape: ModelShape, device: Device) -> EngineRu
     rows = shape.head.rows if shape.head is not None else 0
     return EngineRule(
         version="2026-06 (as vendored by llama-cpp-python 0.3.36)",
-        pages=False,
         budget=device.memory_capacity_bytes - LLAMA_CPP_MARGIN,
-        pool_fraction=1.0,
-        static=False,
         prefill_tokens=LLAMA_CPP_UBATCH,
-        prompt_tokens=None,
         in_flight=LLAMA_CPP_UBATCH,
         activation_floor=LLAMA_CPP_UBATCH * (rows + shape.hidden) * 4,
         terms=(_context_term(),),
-        block_size=1,
         context_step=256,
-        reserves=False,
         convolution="fp32",
         windows=shape.model_type not in _WINDOWS_IGNORED,
         assumptions=(
@@ -305,20 +278,10 @@ def _llama_cpp(plan: ServingPlan, shape: ModelShape, device: Device) -> EngineRu
 def _transformers(plan: ServingPlan, device: Device) -> EngineRule:
     return EngineRule(
         version="5.23",
-        pages=False,
         budget=device.memory_capacity_bytes,
-        pool_fraction=1.0,
-        static=False,
         prefill_tokens=UNBOUNDED,
         prompt_tokens=plan.requests.prompt_tokens,
-        in_flight=0,
-        activation_floor=0,
         terms=(_context_term(),),
-        block_size=1,
-        context_step=1,
-        reserves=False,
-        convolution="bf16",
-        windows=True,
         assumptions=(
             "transformers 5.23 generate() with its dynamic cache: all prompts in one forward pass, logits of the last "
             "position only, fused attention",
@@ -327,24 +290,14 @@ def _transformers(plan: ServingPlan, device: Device) -> EngineRule:
 
 
 def _ideal(plan: ServingPlan, device: Device) -> EngineRule:
+    share, whose = _share(plan, 1.0)
     return EngineRule(
         version="",
-        pages=False,
-        budget=device.memory_capacity_bytes,
-        pool_fraction=1.0,
-        static=False,
+        budget=int(device.memory_capacity_bytes * share),
         prefill_tokens=IDEAL_CHUNK,
         prompt_tokens=plan.requests.prompt_tokens,
-        in_flight=0,
-        activation_floor=0,
-        terms=(),
-        block_size=1,
-        context_step=1,
-        reserves=False,
-        convolution="bf16",
-        windows=True,
         assumptions=(
-            f"ideal engine: weights, exact cache and one prefill chunk of at most {IDEAL_CHUNK} tokens; no runtime, "
-            "no fragmentation, no graphs: a lower bound",
+            f"ideal engine with {whose} share {share:g} of memory: weights, exact cache and one prefill chunk of at "
+            f"most {IDEAL_CHUNK} tokens; no runtime, no fragmentation, no graphs: a lower bound",
         ),
     )

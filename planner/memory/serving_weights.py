@@ -3,13 +3,8 @@
 What stays wide. Embeddings, the output projection, norms, biases, routers, convolutions and vision or audio towers
 keep 16 bits in every format but GGUF, whose recipes reach them too (`planner.memory.gguf_recipe`).
 
-How tensor parallelism divides (Megatron-LM, arXiv:1909.08053, and vLLM's layers, read in 0.33):
-
-    query, up, gate, in-projections   by rows                output, down    by columns; their biases stay whole
-    key, value                        by rows, at least one head on a rank
-    embedding, output projection      by rows, padded to 64 of them
-    experts                           by their width, or whole experts over `expert` ranks
-    norms, routers, latent (MLA) down-projections, the indexer             replicated
+How tensor parallelism divides a block is in `planner.memory.serving_ranks`; the two vocabulary tables are divided by
+rows, padded to 64 of them.
 """
 
 from __future__ import annotations
@@ -24,17 +19,8 @@ from planner.errors import NotCovered
 from planner.formats import BITS
 from planner.ledger.weights import WeightGroup, model_weights
 from planner.memory.gguf_recipe import GgufModel, GgufRole, block_format_of
-from planner.model.shape import (
-    Attention,
-    Block,
-    GatedDeltaNet,
-    LatentAttention,
-    Mamba1,
-    Mamba2,
-    ModelShape,
-    Moe,
-    Weight,
-)
+from planner.memory.serving_ranks import expert_matrix, is_down, rank_shape
+from planner.model.shape import Attention, Block, LatentAttention, ModelShape, Moe, Weight
 from planner.quantization import (
     GGUF_FILE_TYPES,
     MatrixFormat,
@@ -193,7 +179,9 @@ class _Forms:
             embedding = self.shape.embedding
             if len(sizes) < 2 or (embedding is not None and weight.name == f"{embedding.position_name}.weight"):
                 return prod(sizes) * BITS["fp32"] // 8
-            role: GgufRole = {"embed_in": "embedding", "lm_head": "output"}.get(weight.component, "other")
+            role: GgufRole = "other"
+            if weight.component in ("embed_in", "lm_head"):
+                role = "embedding" if weight.component == "embed_in" else "output"
             if weight.component == "vision_or_audio":
                 return prod(sizes) * 2
             return self._gguf(role, sizes, 0)
@@ -208,19 +196,19 @@ class _Forms:
             for layer in group.layers:
                 yield layer, size
             return
-        held = [(weight, _rank_shape(weight, block, self.tensor, self.expert)) for weight in group.weights]
-        plain = sum(prod(sizes) * 4 for weight, sizes in held if not self._gguf_packs(weight))
-        packed = [
-            (role, part)
-            for weight, sizes in held
-            if self._gguf_packs(weight)
-            for role, part in _gguf_parts(weight, sizes, block, self.tensor)
-        ]
-        for layer in group.layers:
-            yield layer, plain + sum(self._gguf(role, part, layer) for role, part in packed)
+        plain, packed = 0, []
+        for weight in group.weights:
+            held = prod(rank_shape(weight, block, self.tensor, self.expert))
+            if self._gguf_packs(weight):
+                packed.extend((role, part, held, weight.count) for role, part in _gguf_parts(weight, block))
+            else:
+                plain += held * BITS["fp32"] // 8
+        for layer in group.layers:  # formats are chosen for whole matrices, of which a rank then holds its share
+            sizes = (-(-self._gguf(role, part, layer) * held // whole) for role, part, held, whole in packed)
+            yield layer, plain + sum(sizes)
 
     def _in_block(self, weight: Weight, block: Block) -> int:
-        sizes = _rank_shape(weight, block, self.tensor, self.expert)
+        sizes = rank_shape(weight, block, self.tensor, self.expert)
         if weight.kind == "linear" and weight.component != "router" and weight.name.endswith("weight"):
             if self.name == "mxfp4" and self.moe:
                 return prod(sizes) * 2  # OpenAI's gpt-oss: experts alone are in mxfp4
@@ -243,7 +231,7 @@ class _Forms:
     def _experts(self, sizes: tuple[int, ...], block: Block) -> int:
         moe = block.ffn
         assert isinstance(moe, Moe), "stacked experts belong to a routed layer"
-        count, out, inner = _expert_matrix(sizes, moe)
+        count, out, inner = expert_matrix(sizes, moe)
         size = self._matrix((out, inner))
         if self.name == "mxfp4" and self.engine == "vllm":
             size += out * (-inner % MXFP4_ROW) // 2
@@ -285,15 +273,14 @@ def _value_indices(shape: ModelShape) -> tuple[int, ...]:
     return tuple(indices)
 
 
-def _gguf_parts(
-    weight: Weight, sizes: tuple[int, ...], block: Block, tensor: int
-) -> Iterator[tuple[GgufRole, tuple[int, ...]]]:
+def _gguf_parts(weight: Weight, block: Block) -> Iterator[tuple[GgufRole, tuple[int, ...]]]:
     """The tensors of a GGUF file that one weight becomes: (role, (..., rows, columns))."""
+    sizes = weight.shape
     module = weight.name.removesuffix(".weight")
     mixer, ffn = block.mixer, block.ffn
     if weight.kind == "experts":
         assert isinstance(ffn, Moe), "stacked experts belong to a routed layer"
-        count, out, inner = _expert_matrix(sizes, ffn)
+        count, out, inner = expert_matrix(sizes, ffn)
         down = module.endswith(ffn.expert_names[-1])
         yield ("ffn_down" if down else "ffn_up"), (count, out, inner)
         return
@@ -307,133 +294,13 @@ def _gguf_parts(
             return
     if isinstance(mixer, LatentAttention):
         if module == "self_attn.kv_b_proj":  # llama.cpp keeps it as two absorbed matrices, keys transposed
-            heads = -(-mixer.heads // tensor)
-            yield "other", (heads, mixer.kv_rank, mixer.nope_dim)
-            yield "other", (heads, mixer.value_dim, mixer.kv_rank)
+            yield "other", (mixer.heads, mixer.kv_rank, mixer.nope_dim)
+            yield "other", (mixer.heads, mixer.value_dim, mixer.kv_rank)
             return
         if module == "self_attn.o_proj":
             yield "attn_output", sizes
             return
     if weight.component in ("mlp_dense", "experts_shared", "experts_routed"):
-        yield ("ffn_down" if _is_down(module, block) else "ffn_up"), sizes
+        yield ("ffn_down" if is_down(module, block) else "ffn_up"), sizes
         return
     yield "other", sizes
-
-
-def _is_down(module: str, block: Block) -> bool:
-    match block.ffn:
-        case Moe() as moe:
-            last = [moe.expert_names[-1]]
-            if moe.shared is not None:
-                last.append(moe.shared.names[-1])
-            return any(module.endswith(name) for name in last)
-        case None:
-            return False
-        case mlp:
-            return module == mlp.names[-1]
-
-
-def _expert_matrix(sizes: tuple[int, ...], moe: Moe) -> tuple[int, int, int]:
-    """(experts, rows, columns) of a stacked tensor, whatever its layout."""
-    if len(sizes) == 2:
-        rows, inner = sizes
-        return moe.experts, rows // moe.experts, inner
-    count, *matrix = sizes
-    out, inner = matrix if moe.layout != "in-out" else reversed(matrix)
-    return count, out, inner
-
-
-def _rank_shape(weight: Weight, block: Block, tensor: int, expert: int) -> tuple[int, ...]:
-    """The shape of the part of one block's weight that one tensor-parallel rank holds."""
-    sizes = weight.shape
-    if tensor == expert == 1 or (weight.kind == "norm" and not _divided_norm(weight, block)):
-        return sizes
-    module, _, leaf = weight.name.rpartition(".")
-    bias = weight.kind == "bias"
-    match weight.component:
-        case "router" | "norm":
-            return sizes
-        case "attention":
-            for mixer in (block.mixer, block.cross):
-                if isinstance(mixer, Attention) and (module in mixer.names or module == mixer.out_name):
-                    return _attention_shape(sizes, module, mixer, tensor, bias)
-            if isinstance(block.mixer, LatentAttention):
-                return _latent_shape(sizes, module, tensor)
-            return (-(-sizes[0] // tensor), *sizes[1:]) if weight.kind == "other" else sizes
-        case "ssm":
-            return _state_space_shape(sizes, module or leaf, block, tensor)
-        case "mlp_dense" | "experts_shared":
-            if len(sizes) == 2 and min(sizes) == 1:
-                return sizes  # the gate of shared experts
-            if not _is_down(module, block):
-                return (-(-sizes[0] // tensor), *sizes[1:])
-            return sizes if bias else (*sizes[:-1], -(-sizes[-1] // tensor))
-        case "experts_routed":
-            return _experts_shape(weight, sizes, block, tensor, expert)
-        case _:
-            return sizes
-
-
-def _divided_norm(weight: Weight, block: Block) -> bool:
-    return isinstance(block.mixer, Mamba2) and weight.name == f"{block.mixer.name}.norm.weight"
-
-
-def _attention_shape(sizes: tuple[int, ...], module: str, a: Attention, tensor: int, bias: bool) -> tuple[int, ...]:
-    value_dim = a.value_dim or a.head_dim
-    heads, kv_heads = -(-a.heads // tensor), max(1, -(-a.kv_heads // tensor))
-    if module == a.out_name:
-        return sizes if bias else (sizes[0], heads * value_dim)
-    q = heads * a.head_dim * (2 if a.gate else 1)
-    k, v = kv_heads * a.head_dim, kv_heads * value_dim
-    match len(a.names):
-        case 1:
-            rows = q + k + v
-        case 2:
-            rows = (q, k + v)[a.names.index(module)]
-        case _:
-            rows = (q, k, v)[a.names.index(module)]
-    return (rows, *sizes[1:])
-
-
-def _latent_shape(sizes: tuple[int, ...], module: str, tensor: int) -> tuple[int, ...]:
-    if module.endswith(("q_proj", "q_b_proj", "kv_b_proj")):
-        return (-(-sizes[0] // tensor), *sizes[1:])
-    if module.endswith("o_proj") and len(sizes) == 2:
-        return (sizes[0], -(-sizes[1] // tensor))
-    return sizes
-
-
-def _state_space_shape(sizes: tuple[int, ...], module: str, block: Block, tensor: int) -> tuple[int, ...]:
-    mixer = block.mixer
-    part = module.rpartition(".")[2]
-    if part == "out_proj" or (part == "x_proj" and isinstance(mixer, Mamba1)):
-        return (sizes[0], -(-sizes[1] // tensor)) if len(sizes) == 2 else sizes
-    if isinstance(mixer, Mamba2) and part in ("in_proj", "conv1d"):
-        whole = 2 * mixer.groups * mixer.state
-        shared = 2 * -(-mixer.groups // tensor) * mixer.state  # groups below the degree are replicated
-        return (-(-(sizes[0] - whole) // tensor) + shared, *sizes[1:])
-    if isinstance(mixer, (Mamba1, Mamba2, GatedDeltaNet)):
-        return (-(-sizes[0] // tensor), *sizes[1:])
-    return sizes
-
-
-def _experts_shape(weight: Weight, sizes: tuple[int, ...], block: Block, tensor: int, expert: int) -> tuple[int, ...]:
-    """Whole experts over `expert` ranks; what is left of the tensor degree divides their width."""
-    moe = block.ffn
-    assert isinstance(moe, Moe), "routed experts belong to a routed layer"
-    width = max(1, tensor // expert) if expert > 1 else tensor
-    down = weight.name.removesuffix("_bias").endswith(moe.expert_names[-1]) or _is_down(
-        weight.name.rpartition(".")[0], block
-    )
-    if not moe.stacked:  # one of X equal linears: the share of a rank, in rows, is the same for each
-        share = tensor if expert == 1 else expert * width
-        axis = -1 if down and weight.kind != "bias" else 0
-        return tuple(-(-size // share) if index == axis % len(sizes) else size for index, size in enumerate(sizes))
-    if len(sizes) == 2 and weight.kind == "experts":  # (X F, H)
-        return (-(-moe.experts // expert) * -(-moe.width // width), sizes[1])
-    count = -(-sizes[0] // expert)
-    if weight.kind == "bias":
-        return (count, sizes[1]) if down else (count, -(-sizes[1] // width))
-    first, second = sizes[1:]
-    rows_first = (moe.layout == "out-in") != down
-    return (count, -(-first // width), second) if rows_first else (count, first, -(-second // width))

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from planner.formats import BITS
 from planner.ledger.parameters import StateTensor, four_bit_bytes, state_tensors
-from planner.memory.allocator import fresh_block_bytes
+from planner.ledger.tape import allocated_bytes
 from planner.plan import Method
 
 __all__ = ["StateTensor", "gradient_bytes", "state_tensors", "weight_bytes"]
@@ -19,7 +19,7 @@ def weight_bytes(tensors: Iterable[StateTensor], method: Method) -> int:
         if tensor.packed:
             size = four_bit_bytes(tensor.elements, double_quantization=method.double_quantization)
         else:
-            size = fresh_block_bytes(tensor.elements * BITS[tensor.dtype] // 8)
+            size = allocated_bytes(tensor.elements * BITS[tensor.dtype] // 8)
         total += tensor.repeat * size
     return total
 
@@ -27,7 +27,7 @@ def weight_bytes(tensors: Iterable[StateTensor], method: Method) -> int:
 def gradient_bytes(tensors: Iterable[StateTensor], dtype: str | None = None) -> int:
     """Allocated bytes of one gradient for each trained tensor, in its own format or in `dtype`."""
     return sum(
-        tensor.repeat * fresh_block_bytes(tensor.elements * BITS[dtype or tensor.dtype] // 8)
+        tensor.repeat * allocated_bytes(tensor.elements * BITS[dtype or tensor.dtype] // 8)
         for tensor in tensors
         if tensor.trainable
     )

@@ -80,8 +80,10 @@ def training_memory(plan: TrainingPlan, shape: ModelShape, device: Device) -> Tr
     stepped = _optimizer(plan, held)
     levels = _levels(shape, _setting(plan, profile, engine, data, persistent))
     base, host = _base(plan, held, stepped, device, engine, data)
-    gradients = _gradients(plan, held, main)
-    return _moments(plan, levels, base, gradients, persistent, main, stepped, host)
+    gradients = _gradients(plan, held, main, engine)
+    # FSDP1 with use_orig_params: zero_grad frees views; their flat gradient stays until the next forward pass begins.
+    stays = main or not plan.optimizer.set_to_none or (engine == "fsdp1" and plan.parallelism.zero == 3)
+    return _moments(plan, levels, base, gradients, persistent, stays, stepped, host)
 
 
 @lru_cache(maxsize=64)
@@ -126,12 +128,12 @@ def _setting(plan: TrainingPlan, profile: Profile, engine: str, data: int, persi
         gathering = Gathering(
             engine=engine,
             ranks=ranks,
-            reduce_format=plan.precision.gradients if engine == "fsdp2" else None,
-            kept_format=plan.precision.gradients,
+            reduce_format=plan.precision.gradients if engine == "fsdp2" and casts else None,
+            kept_format=_kept_format(plan, fsdp, casts),
             shards_weights=zero == 3,
             casts=casts,
             reshard=plan.parallelism.reshard_after_forward,
-            prefetch=plan.parallelism.prefetch,
+            prefetch=0 if _never_prefetches(plan, profile, engine) else plan.parallelism.prefetch,
         )
     return Setting(
         micro_batch_size=plan.data.micro_batch_size,
@@ -149,6 +151,23 @@ def _setting(plan: TrainingPlan, profile: Profile, engine: str, data: int, persi
         tensor=plan.parallelism.tensor,
         sequence_parallel=plan.parallelism.sequence_parallel and plan.parallelism.tensor > 1,
     )
+
+
+def _kept_format(plan: TrainingPlan, fsdp: bool, casts: bool) -> str | None:
+    """Format of a reduced gradient: FSDP returns it to the sharded weight's own (None), whatever it was reduced in."""
+    if not fsdp:
+        return plan.precision.gradients
+    return plan.precision.weights if casts else None
+
+
+def _never_prefetches(plan: TrainingPlan, profile: Profile, engine: str) -> bool:
+    """FSDP1 gathers no block ahead in backward when reentrant checkpointing wraps its units.
+
+    A unit is prefetched only if its forward pass registered a pre-backward hook (_runtime_utils.py,
+    _get_handle_to_prefetch and _register_pre_backward_hooks), which needs outputs that require a gradient: the first
+    forward pass of a reentrant checkpoint runs without.
+    """
+    return engine == "fsdp1" and profile.reentrant and plan.recompute.mode in ("full", "every", "sqrt")
 
 
 def _optimizer(plan: TrainingPlan, held: Held) -> OptimizerBytes:
@@ -208,10 +227,10 @@ def _buckets(plan: TrainingPlan, held: Held, engine: str, data: int) -> int:
     return 0
 
 
-def _gradients(plan: TrainingPlan, held: Held, main: bool) -> int:
+def _gradients(plan: TrainingPlan, held: Held, main: bool, engine: str) -> int:
     if plan.optimizer.in_backward or plan.optimizer.name == "lomo":
         return 0
-    sharded = plan.parallelism.zero == 3
+    sharded = plan.parallelism.zero == 3 and engine not in ("fsdp1", "fsdp2")
     return gradient_bytes(held.gradients, plan.precision.gradients if main or sharded else None)
 
 
@@ -221,7 +240,7 @@ def _moments(
     base: dict[str, int],
     gradients: int,
     persistent: bool,
-    main: bool,
+    stays: bool,
     stepped: OptimizerBytes,
     host: int,
 ) -> TrainingMemory:
@@ -232,7 +251,7 @@ def _moments(
         "forward_peak": _with(base, kept, levels.forward_breakdown),
         "backward_peak": _with(base, kept, levels.backward_breakdown),
         "optimizer_peak": _with(base, gradients, {"temporaries": 0 if offloaded else stepped.step}),
-        "steady": _with(base, kept if main or not plan.optimizer.set_to_none else 0, {}),
+        "steady": _with(base, gradients if stays else 0, {}),
     }
     moments = {name: sum(parts.values()) for name, parts in breakdowns.items()}
     peak = max(("forward_peak", "backward_peak", "optimizer_peak"), key=lambda name: moments[name])

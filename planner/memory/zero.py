@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 from planner.ledger.parameters import StateTensor
 from planner.memory.optimizers import optimizer_bytes
@@ -16,7 +17,7 @@ from planner.memory.sharding import held_by_a_rank
 from planner.memory.states import gradient_bytes, weight_bytes
 from planner.plan import Method, Optimizer, Parallelism, Precision
 
-__all__ = ["square_tensors", "zero_state_bytes"]
+__all__ = ["MIXED_PRECISION_ADAM", "one_vector", "zero_state_bytes"]
 
 # 16-bit weights and gradients, fp32 master weights and moments: the paper's section 3.1 (the recipe fp16-mixed).
 MIXED_PRECISION_ADAM = Precision(
@@ -33,7 +34,7 @@ def zero_state_bytes(
     tensors: Sequence[StateTensor],
     *,
     ranks: int,
-    stage: int,
+    stage: Literal[0, 1, 2, 3],
     precision: Precision = MIXED_PRECISION_ADAM,
     optimizer: Optimizer | None = None,
 ) -> Mapping[str, int]:
@@ -48,36 +49,34 @@ def zero_state_bytes(
         stage 3    (2 + 2 + 12) P / N
 
     each tensor rounded up to what the allocator hands out. Not counted: gathered weights, buffers, activations.
+
+    >>> states = zero_state_bytes(one_vector(7_500_000_000), ranks=64, stage=1)
+    >>> f"{sum(states.values()) / 1e9:.1f} GB"
+    '31.4 GB'
     """
-    method = Method()
-    held = held_by_a_rank(tensors, Parallelism(data=ranks, zero=stage, engine="deepspeed" if stage else "ddp"), ranks)
+    divided = Parallelism(data=ranks, zero=stage, engine="deepspeed" if stage else "ddp")
+    held = held_by_a_rank(tensors, divided, ranks)
     master = precision.master_weights
     stepped = tuple(replace(tensor, dtype=master or tensor.dtype) for tensor in held.optimizer)
     states = optimizer_bytes(optimizer or Optimizer(name="adam"), stepped, precision.optimizer_states)
     return {
-        "weights": weight_bytes(held.weights, method),
+        "weights": weight_bytes(held.weights, Method()),
         "gradients": gradient_bytes(held.gradients, precision.gradients),
         "master_weights": gradient_bytes(held.optimizer, master) if master else 0,
         "optimizer_states": states.states,
     }
 
 
-def square_tensors(parameters: int, *, side: int = 10_000, dtype: str = "fp16") -> tuple[StateTensor, ...]:
-    """Trained matrices of side x side elements that hold exactly `parameters` between them: a model that is only a size.
-
-    Raises ValueError when the count is not a whole number of such matrices.
-    """
-    count, rest = divmod(parameters, side * side)
-    if rest or not count:
-        raise ValueError(f"{parameters} parameters are not a whole number of {side} x {side} matrices.")
+def one_vector(parameters: int, *, dtype: str = "fp16") -> tuple[StateTensor, ...]:
+    """A model that is only a size: all its parameters in one trained vector, as ZeRO flattens them."""
     return (
         StateTensor(
-            name="matrix",
-            shape=(side, side),
-            kind="linear",
+            name="flat parameter",
+            shape=(parameters,),
+            kind="other",
             dtype=dtype,
             trainable=True,
-            repeat=count,
+            repeat=1,
             unit="block",
         ),
     )

@@ -147,21 +147,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
 EAGER = ("gpt_oss",)
 CASES = [
     *((family, "eager" if family in EAGER else "blocks_peak") for family in CONFIGS),
-    *((family, "recompute") for family in ("mixtral", "qwen3_moe", "deepseek_v3", "glm4_moe", "qwen3_next")),
+    *((family, "recompute") for family in ("mixtral", "qwen3_moe", "deepseek_v3", "glm4_moe", "minimax_m2")),
     *((family, variant) for family in ("mixtral", "deepseek_v3") for variant in VARIANTS),
 ]
 
 
 def ledger_levels(
-    config: dict[str, Any], batch: int, sequence: int, *, dtype: str, lora: tuple[str, ...], recompute: bool, attention: str
+    config: dict[str, Any],
+    batch: int,
+    sequence: int,
+    *,
+    dtype: str,
+    lora: tuple[str, ...],
+    recompute: bool,
+    attention: str,
 ) -> dict[str, int]:
     """What the ledger says of one step."""
     method = Method(name="lora", rank=16, targets=lora) if lora else Method()
     precision = Precision()
     if dtype == "fp32":
-        precision = Precision(
-            recipe="fp32", weights="fp32", gradients="fp32", optimizer_states="fp32", compute="fp32"
-        )
+        precision = Precision(recipe="fp32", weights="fp32", gradients="fp32", optimizer_states="fp32", compute="fp32")
     setting = Setting(
         micro_batch_size=batch,
         sequence_length=sequence,

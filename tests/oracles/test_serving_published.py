@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -101,19 +101,22 @@ def test_gguf_q4_k_m_in_gib() -> None:
     assert round(serving_weight_bytes(load_model("Llama-3.1-8B"), "Q4_K_M") / GIB, 4) == 4.5755
 
 
-# llama.cpp's own layout of header-only files, nothing allocated (tree of llama-cpp-python 0.3.36): GiB
-LLAMA_CPP_LAYOUT = [("Llama-3-8B", 7.946289), ("gemma-3-27b-it", 26.729492)]
+# llama.cpp's own layout of header-only files, nothing allocated (tree of llama-cpp-python 0.3.36), MiB; the last row
+# is what llama.cpp logs for a real file: https://github.com/ollama/ollama/pull/6279, 37.22 GiB
+LLAMA_CPP_LAYOUT = [
+    ("Llama-3-8B", "Q8_0", 8137.0, 1e-4),
+    ("gemma-3-27b-it", "Q8_0", 27_371.0, 2e-4),
+    ("DeepSeek-V3", "Q8_0", 680_237.0, 1e-5),
+    ("Qwen3-30B-A3B", "Q8_0", 30_973.0, 2e-5),
+    ("Llama-3.1-70B", "Q4_0", 37.22 * 1024, 2e-4),
+]
 
 
-@pytest.mark.parametrize(("model", "gib"), LLAMA_CPP_LAYOUT)
-def test_q8_0_as_llama_cpp_lays_it_out(model: str, gib: float) -> None:
-    shape = load_model(model)
-    text_only = serving_weight_bytes(type(shape)(**{**_fields(shape), "towers": (), "extra": ()}), "Q8_0")
-    assert text_only / GIB == pytest.approx(gib, rel=2e-4), f"ratio {text_only / GIB / gib:.6f}"
-
-
-def _fields(shape: object) -> dict[str, object]:
-    return {name: getattr(shape, name) for name in type(shape).__dataclass_fields__}  # pyright: ignore
+@pytest.mark.parametrize(("model", "file_type", "mib", "within"), LLAMA_CPP_LAYOUT)
+def test_files_as_llama_cpp_lays_them_out(model: str, file_type: str, mib: float, within: float) -> None:
+    text_only = replace(load_model(model), towers=(), extra=())  # the image tower is a file of its own
+    found = serving_weight_bytes(text_only, file_type) / 2**20
+    assert found == pytest.approx(mib, rel=within), f"{found:.1f} / {mib} = {found / mib:.6f}"
 
 
 # (model, format, tensor, tokens, logged GiB of keys and values together on one GPU, digits, source)

@@ -16,7 +16,7 @@ from planner.memory.kv_cache import (
     most_sequences,
 )
 from planner.memory.kv_pages import page_plan
-from planner.memory.serving import serving_memory
+from planner.memory.serving import ServingMemory, serving_memory
 from planner.memory.serving_weights import serving_weight_bytes
 from planner.model.shape import (
     Attention,
@@ -67,7 +67,7 @@ recurrent = st.one_of(
         state=st.just(64),
         groups=st.just(2),
         conv=st.just(4),
-    ),  # fmt: skip
+    ),
     st.builds(
         GatedDeltaNet,
         key_heads=st.just(16),
@@ -75,7 +75,7 @@ recurrent = st.one_of(
         key_dim=st.just(32),
         value_dim=st.just(32),
         conv=st.just(4),
-    ),  # fmt: skip
+    ),
 )
 mixers: st.SearchStrategy[Mixer] = st.one_of(attentions, latents, recurrent)
 
@@ -204,7 +204,7 @@ def test_more_load_needs_more_cache(shape: ModelShape, context: int, concurrency
 @settings(max_examples=40)
 @given(shapes(), st.integers(1, 40), st.sampled_from([2, 3, 4]))
 def test_replicas_divide_the_load_and_nothing_else(shape: ModelShape, each: int, data: int) -> None:
-    def answer(count: int, replicas: int):  # noqa: ANN202
+    def answer(count: int, replicas: int) -> ServingMemory:
         requests = Requests(context_length=300, prompt_tokens=1, output_tokens=1, concurrency=count)
         degrees = ServingParallelism(data=replicas)
         return serving_memory(ServingPlan(model="drawn", requests=requests, parallelism=degrees), shape, card(80))

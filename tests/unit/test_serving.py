@@ -207,11 +207,29 @@ def test_what_does_not_fit_says_so() -> None:
     assert any("131072 positions" in line for line in beyond.warnings)
 
 
+def test_vllms_scheduler_has_a_limit_of_its_own() -> None:
+    crowd = answer("Qwen3-0.6B", requests=load(100, 2000))
+    assert any("1024 sequences" in line for line in crowd.warnings)
+
+
+def test_four_bits_and_stacked_experts() -> None:
+    shape = load_model("Qwen3-30B-A3B")
+    assert serving_weight_bytes(shape, "nf4", engine="transformers") > 3 * serving_weight_bytes(shape, "nf4")
+    found = answer("Qwen3-30B-A3B", engine="transformers", quantization="nf4")
+    assert any("stacked experts" in line for line in found.assumptions)
+
+
+def test_block_formats_are_chosen_before_the_ranks_divide() -> None:
+    shape = load_model("Llama-3.1-8B")
+    whole, eighth = serving_weight_bytes(shape, "Q4_K_M"), serving_weight_bytes(shape, "Q4_K_M", tensor=8)
+    assert whole <= 8 * eighth <= whole + 8 * 65 * 4096 * 4 + 8 * 300
+
+
 def test_parts_without_rows_are_named() -> None:
     vision = answer("gemma-3-27b-it")
     assert any("patch embedding" in line for line in vision.warnings)
     encoder = answer("bert-base-uncased", engine="ideal", requests=Requests(prompt_tokens=300, output_tokens=1))
-    assert encoder.kv_cache == 0 and encoder.max_concurrent_sequences is not None
+    assert encoder.kv_cache == 0 and encoder.max_concurrent_sequences is None
     assert any("no cache" in line for line in encoder.warnings)
 
 
@@ -228,12 +246,15 @@ def test_the_users_share_of_memory() -> None:
     half = answer(hardware=Hardware(memory_utilization=0.5))
     assert half.budget == -(-card().memory_capacity_bytes // 2)
     assert half.kv_cache_pool < answer().kv_cache_pool
+    shared = Hardware(memory_utilization=0.5)
+    assert answer(engine="ideal", hardware=shared).budget == card().memory_capacity_bytes // 2
+    assert any("not used" in line for line in answer(engine="transformers", hardware=shared).warnings)
 
 
 def test_sglang_reserves_by_its_heuristic() -> None:
-    """10 GiB at least above 60 GiB: 0.874 of 79.179 GiB, to three digits as sglang rounds it."""
+    """512 + 1.5 x 8192 + 128 + 2 x 256 MiB of 79.179 GiB, to three digits as sglang rounds it."""
     found = answer(engine="sglang")
-    assert any("mem_fraction_static 0.874" in line for line in found.assumptions)
+    assert any("mem_fraction_static 0.834" in line for line in found.assumptions)
 
 
 def test_llama_cpp_pads_contexts_and_widens_windows() -> None:
