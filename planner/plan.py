@@ -40,6 +40,8 @@ class Data:
     sequence_length: tokens of one packed sequence; decoder tokens for encoder-decoder models.
     micro_batch_size: sequences in one forward pass on one data-parallel rank.
     tokens: tokens of the whole run (for time and money).
+    lengths: constant: every sequence is as long (packed); varied: that is the longest, met now and then, so what the
+        previous micro-batch leaves behind (its logits, in loops that keep them) is small beside it.
     """
 
     sequence_length: int = 2048
@@ -47,6 +49,7 @@ class Data:
     global_batch_size: int | None = None
     gradient_accumulation_steps: int | None = None
     tokens: int | None = None
+    lengths: Literal["constant", "varied"] = "constant"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from planner.memory.device import DeviceTerm
+from planner.memory.serving import ServingMemory
 from planner.units import format_bytes
 
-__all__ = ["KNOWN_ERROR", "Verdict", "verdict_of"]
+__all__ = ["KNOWN_ERROR", "Verdict", "serving_verdict", "verdict_of"]
 
 # Half-width of the band around `peak_allocated`: nine in ten of the published runs that the project compares itself
 # with lie inside it (planner/evidence; tests/oracles/test_measured_runs.py holds it to that).
@@ -58,3 +59,32 @@ def verdict_of(
         outcome = "fits"
         sentence = f"Fits: {format_bytes(room)} spare ({room / capacity:.0%}); the highest moment is the {where}."
     return Verdict(outcome=outcome, sentence=sentence, rank=rank, moment=moment, head_room_bytes=room, band_bytes=band)
+
+
+def serving_verdict(memory: ServingMemory) -> Verdict:
+    """Whether the requested load's cache fits into what the engine can give to caches.
+
+    `tight` when the terms beside weights and cache, at the upper ends of their bands, would take the room that is left.
+    """
+    room = memory.kv_cache_pool - memory.kv_cache
+    band = sum(term.high_bytes - term.bytes for term in memory.terms)
+    load = f"{memory.concurrency} x {memory.context_length:,} tokens"
+    if not memory.fits:
+        outcome: Outcome = "does_not_fit"
+        sentence = f"Does not fit: {load} are short by {format_bytes(max(-room, 1))} of cache."
+        if memory.kv_cache_pool <= 0:
+            sentence = f"Does not fit: the weights alone leave no room for a cache ({format_bytes(-room)} short)."
+    elif room < band:
+        outcome = "tight"
+        sentence = f"Tight: {load} leave {format_bytes(room)} of cache, inside the known error of {format_bytes(band)}."
+    else:
+        outcome = "fits"
+        sentence = f"Fits: {load} leave {format_bytes(room)} of cache for more."
+    return Verdict(
+        outcome=outcome,
+        sentence=sentence,
+        rank=f"pipeline stage {memory.stage}",
+        moment="serving",
+        head_room_bytes=room,
+        band_bytes=band,
+    )

@@ -12,7 +12,7 @@ from planner.ledger.weights import active_parameters, parameter_counts
 from planner.memory.serving import ServingMemory, serving_memory
 from planner.model.shape import ModelShape
 from planner.plan import ServingPlan
-from planner.verdict import Verdict
+from planner.verdict import Verdict, serving_verdict
 
 if TYPE_CHECKING:
     import pandas
@@ -64,7 +64,7 @@ def answer_serving(
         plan=plan,
         parameters=Parameters(total=total, trainable=0, active=active_parameters(shape)),
         memory=memory,
-        verdict=memory.verdict(),
+        verdict=serving_verdict(memory),
         assumptions=(*memory.assumptions, *notes, *(f"default: {field}" for field in defaults)),
         warnings=(
             *model_warnings(shape),

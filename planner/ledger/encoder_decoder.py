@@ -22,7 +22,7 @@ from planner.ledger.embedding import embed
 from planner.ledger.loss_head import project
 from planner.ledger.mlp import activate
 from planner.ledger.operations import Operations
-from planner.ledger.tape import Node, Tensor
+from planner.ledger.tape import Dims, Node, Tensor
 from planner.model.shape import Attention, Block, Mlp, ModelShape, Tower
 
 __all__ = ["encoder_of", "run_encoder_decoder"]
@@ -109,28 +109,47 @@ def _run_stack(
 
 
 def _checkpointed(t: Operations, block: Block, x: Tensor, shared: _Shared, prefix: str) -> Tensor:
-    """One recomputed block. The biases go in and out of it; the first block makes them, and again in backward.
+    """One recomputed block. The biases come in as arguments; the first block makes them, and again in backward.
 
     The zeros of cross-attention then require a gradient, too (T5Attention.forward), which stays with them.
     """
     assert isinstance(block.mixer, Attention)
-    if shared.bias is None:
-        shared.bias = _position_bias(t, block.mixer, recomputed=True)
-    if block.cross is not None and shared.cross_bias is None:
+    if shared.bias is not None:
+        handed = [tensor for tensor in (shared.bias, shared.context, shared.cross_bias) if tensor is not None]
+
+        def program(x: Tensor, *others: Tensor) -> Tensor:
+            t.prefix = prefix
+            bias, context, cross_bias = (*others, None, None)[:3]
+            return _block(t, block, x, _Shared(bias=bias, context=context, cross_bias=cross_bias))
+
+        return t.checkpoint(program, x, *handed)
+    shared.bias = _position_bias(t, block.mixer, recomputed=True)
+    made = [shared.bias]
+    if block.cross is not None:
         shared.cross_bias = t.constant("zeros", shared.bias.dims, x.dtype)
         shared.cross_bias.requires_grad = True
         shared.cross_bias.node = Node("leaf", t.module, t.segment, 1)
+        made.append(shared.cross_bias)
+    sources = [(tensor.dims, tensor.dtype, tensor.node) for tensor in made]
 
-    def program(x: Tensor, *others: Tensor) -> Tensor:
+    def first(x: Tensor, *others: Tensor) -> Tensor:
         t.prefix = prefix
-        bias, context, cross_bias = (*others, None, None)[:3]
-        return _block(t, block, x, _Shared(bias=bias, context=context, cross_bias=cross_bias))
+        bias, cross_bias = (*(made or _made_again(t, sources)), None)[:2]
+        made.clear()
+        return _block(t, block, x, _Shared(bias=bias, context=others[0] if others else None, cross_bias=cross_bias))
 
-    handed = [shared.bias]
-    if block.cross is not None:
-        assert shared.context is not None and shared.cross_bias is not None
-        handed += [shared.context, shared.cross_bias]
-    return t.checkpoint(program, x, *handed)
+    return t.checkpoint(first, x) if shared.context is None else t.checkpoint(first, x, shared.context)
+
+
+def _made_again(t: Operations, sources: list[tuple[Dims, str, Node | None]]) -> list[Tensor]:
+    """The first block's biases in its second run: new memory, whose gradients go where those of the first went."""
+    made = [
+        Tensor(t.allocate("bias", dims, dtype), dims, dtype, requires_grad=True, node=node, output=0)
+        for dims, dtype, node in sources
+    ]
+    buckets = t.constant("buckets", ("S", "S"), "int64")
+    made[0] = t.apply("permute", made[:1], [(made[0].dims, made[0].dtype)], view=True, saves=[buckets])[0]
+    return made
 
 
 def _block(t: Operations, block: Block, x: Tensor, shared: _Shared) -> Tensor:
@@ -213,8 +232,7 @@ def _position_bias(t: Operations, spec: Attention, *, recomputed: bool = False) 
     passing = [(square, "int64")] * (3 if spec.causal else 4) + [(square, "bool")]
     (buckets,) = t.apply("buckets", [], [(square, "int64")], scratch=passing)
     size = (("1", t.dim("A", spec.heads), *square), table.dtype)
-    again = [(square, "int64")] if recomputed else []
-    (bias,) = t.apply("embedding", [table], [size], saves=[None if recomputed else buckets], backward_scratch=again)
+    (bias,) = t.apply("embedding", [table], [size], saves=[None if recomputed else buckets])
     del relative
     return bias
 
@@ -223,7 +241,8 @@ def _additive_mask(t: Operations, spec: Attention, bias: Tensor) -> Tensor:
     """sdpa_attention.py, create_position_bias_mask: the bias, cut off above the diagonal, laid out densely."""
     t.module = "attention"
     if spec.causal:
-        (bias,) = t.apply("where", [bias], [(bias.dims, bias.dtype)], extra_saved=[(bias.dims[2:], "bool")])
+        below = t.constant("ge", bias.dims[2:], "bool")
+        (bias,) = t.apply("where", [bias], [(bias.dims, bias.dtype)], saves=[below])
     return t.copy(bias)
 
 

@@ -122,6 +122,11 @@ def _flat_at_once(t: Operations, head: Head, x: Tensor, loss: CrossEntropy) -> T
     return loss(t, upcast, t.constant("labels", ("B", "S"), "int64"))
 
 
+def _plain(t: Operations, head: Head, x: Tensor, loss: CrossEntropy) -> Tensor:
+    """A loss in the logits' own format, over labels shifted beforehand."""
+    return loss(t, logits_of(t, head, x), t.constant("labels", ("B", "S"), "int64"))
+
+
 def _shift(t: Operations, head: Head, x: Tensor, loss: CrossEntropy) -> Tensor:
     """Shifted, copied, and no other format: GPT-2 and its kin in transformers 4.x."""
     logits = logits_of(t, head, x)
@@ -176,7 +181,7 @@ def _litgpt_chunks(t: Operations, head: Head, x: Tensor, loss: CrossEntropy) -> 
     """
     count = int(np.max(-(-np.asarray(t.sizes["S"]) // LITGPT_HEAD_CHUNK)))
     t.module = "loss"
-    previous = t.allocate("previous logits", ("B", "S", t.dim("V", head.rows)), "fp32")
+    previous = t.allocate("previous logits", ("B", "S", t.dim("V", head.rows)), "fp32") if t.follows_equal else None
     narrow = [logits_of(t, head, part) for part in _chunks(t, x, LITGPT_HEAD_CHUNK, count)]
     chunks = [t.to(chunk, "fp32") for chunk in narrow]
     del narrow, previous
@@ -194,7 +199,7 @@ def _litgpt_chunks(t: Operations, head: Head, x: Tensor, loss: CrossEntropy) -> 
 def _litgpt_flat(t: Operations, head: Head, x: Tensor, loss: CrossEntropy) -> Tensor:
     """All logits, turned to fp32 by Fabric, cut by one position, and a loss for each 128 of them: finetune/full.py."""
     t.module = "loss"
-    previous = t.allocate("previous logits", ("B", "S", t.dim("V", head.rows)), "fp32")
+    previous = t.allocate("previous logits", ("B", "S", t.dim("V", head.rows)), "fp32") if t.follows_equal else None
     logits = t.to(logits_of(t, head, x), "fp32")
     del previous
     t.hold(logits)
@@ -214,6 +219,7 @@ _LOSSES = {
     "float_then_shift": _float_then_shift,
     "float_at_once": _float_at_once,
     "shift": _shift,
+    "plain": _plain,
     "flat_at_once": _flat_at_once,
     "torchtune_chunks": _torchtune_chunks,
     "litgpt_chunks": _litgpt_chunks,

@@ -54,6 +54,7 @@ class Operations(Tape):
     unpacked: str = "bf16"  # what 4-bit weights are multiplied in outside autocast
     packed_from: str = "bf16"  # the format that 4-bit weights were packed from, and are unpacked to first
     double_quantization: bool = False
+    follows_equal: bool = True  # the micro-batch before was as large, and what is left of it counts
     kept_inputs: set[int] = field(default_factory=set)  # rows that 4-bit products keep as attributes of their nodes
     inputs_require_grad: bool = False  # peft's enable_input_require_grads: the embedding's output is made to need one
     held: list[Storage] = field(default_factory=list)

@@ -70,6 +70,7 @@ class Setting:
     accumulate: bool = False
     hooked: bool = False
     offload_activations: bool = False
+    lengths: str = "constant"
     gathering: Gathering | None = None
     tensor: int = 1
     sequence_parallel: bool = False
@@ -238,6 +239,7 @@ def _tape(shape: ModelShape, setting: Setting) -> ShardedOperations:
         double_quantization=method.double_quantization,
         quantized=quantized,
         method=method,
+        follows_equal=setting.lengths == "constant",
         targeted=lambda name: method.name in ("lora", "qlora") and is_target(method, name, head),
         adapter=adapter_for(method, head),
         prepare=preparation_for(method, head),
@@ -282,7 +284,7 @@ def _kept_by_last_graph(t: Operations, layers: Sequence[int]) -> Storage | None:
     backward does not free it; the graph lives until the training loop assigns the next loss (litgpt's loops do not
     detach it). Recorded where it matters, beside the head; for micro-batches that are all of one length.
     """
-    if not t.kept_inputs:
+    if not t.kept_inputs or not t.follows_equal:
         return None
     total = sum(t.rows[index - 1].size * layers.count(t.rows[index - 1].segment) for index in sorted(t.kept_inputs))
     t.module = "last graph"

@@ -7,7 +7,7 @@ gradient element.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from planner.errors import UnknownField, nearest
@@ -56,21 +56,35 @@ def _largest(tensors: Sequence[StateTensor], size: Callable[[StateTensor], int])
     return max((allocated_bytes(size(tensor)) for tensor in tensors), default=0)
 
 
+def _in_turn(tensors: Sequence[StateTensor]) -> Iterator[tuple[StateTensor | None, StateTensor]]:
+    """Each tensor with the one that is stepped just before it; a block's first also follows a block's last."""
+    before = first = None
+    for tensor in tensors:
+        if before is not None and first is not None and tensor.unit != before.unit and before.repeat > 1:
+            yield before, first
+        if first is None or before is None or tensor.unit != before.unit:
+            first = tensor
+        yield before, tensor
+        before = tensor
+
+
 def _adam(optimizer: Optimizer, tensors: Sequence[StateTensor], state_format: str) -> OptimizerBytes:
     """exp_avg and exp_avg_sq, 2 n s (3 with amsgrad). torch/optim/adam.py:
 
-    foreach   exp_avg_sq_sqrt = _foreach_sqrt(exp_avg_sqs), for all tensors at once          n s
-    for-loop  exp_avg_sq.sqrt() and its quotient, for one tensor at a time                 2 n s
+    foreach   exp_avg_sq_sqrt = _foreach_sqrt(exp_avg_sqs), for all tensors at once                          n s
+    for-loop  exp_avg_sq.sqrt() and its quotient, and the quotient of the tensor before, still named     2 n s + n' s
     fused     none, but one fp32 step counter for each tensor is on the GPU
     """
 
     def size(tensor: StateTensor) -> int:
-        return tensor.elements * _width(tensor, state_format)
+        return allocated_bytes(tensor.elements * _width(tensor, state_format))
 
     states = (3 if optimizer.amsgrad else 2) * _each(tensors, size)
     if optimizer.implementation == "fused":
         return OptimizerBytes(states=states + _each(tensors, lambda _: 4), step=0)
-    step = _each(tensors, size) if optimizer.implementation == "foreach" else 2 * _largest(tensors, size)
+    if optimizer.implementation == "foreach":
+        return OptimizerBytes(states=states, step=_each(tensors, size))
+    step = max((2 * size(tensor) + (size(before) if before else 0) for before, tensor in _in_turn(tensors)), default=0)
     return OptimizerBytes(states=states, step=step)
 
 
@@ -96,24 +110,29 @@ def _lion(optimizer: Optimizer, tensors: Sequence[StateTensor], state_format: st
 def _adafactor(optimizer: Optimizer, tensors: Sequence[StateTensor], state_format: str) -> OptimizerBytes:
     """Row and column means of the squared gradient in fp32 for matrices, all n for vectors (arXiv:1804.04235).
 
-    transformers/optimization.py, one tensor at a time, fp32:        16-bit weights   fp32 weights
+    transformers/optimization.py (not torch's own Adafactor), one tensor at a time, in fp32:
+                                                                     16-bit weights   fp32 weights
         the gradient's copy                                                4 n            0
         the weight's copy                                                  4 n            0
         grad ** 2 beside its sum with eps, later the update beside it      8 n            8 n
+        the update of the tensor before, still named                       4 n'           4 n'
+    A tensor's RMS is one fp32 number on the GPU.
     """
 
     def state(tensor: StateTensor) -> int:
         if len(tensor.shape) < 2:
-            return allocated_bytes(4 * tensor.elements)
+            return allocated_bytes(4 * tensor.elements) + allocated_bytes(4)
         *rest, rows, columns = tensor.shape
         outer = tensor.elements // (rows * columns)
-        return allocated_bytes(4 * outer * rows) + allocated_bytes(4 * outer * columns)
+        return allocated_bytes(4 * outer * rows) + allocated_bytes(4 * outer * columns) + allocated_bytes(4)
 
-    def temporaries(tensor: StateTensor) -> int:
-        return tensor.elements * (16 if BITS[tensor.dtype] < 32 else 8)
+    def temporaries(before: StateTensor | None, tensor: StateTensor) -> int:
+        one = allocated_bytes(4 * tensor.elements)
+        return one * (4 if BITS[tensor.dtype] < 32 else 2) + (allocated_bytes(4 * before.elements) if before else 0)
 
     return OptimizerBytes(
-        states=sum(tensor.repeat * state(tensor) for tensor in tensors), step=_largest(tensors, temporaries)
+        states=sum(tensor.repeat * state(tensor) for tensor in tensors),
+        step=max((temporaries(before, tensor) for before, tensor in _in_turn(tensors)), default=0),
     )
 
 

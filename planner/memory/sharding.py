@@ -53,7 +53,7 @@ def held_by_a_rank(tensors: Sequence[StateTensor], parallelism: Parallelism, dat
     return Held(
         weights=divided if parallelism.zero == 3 else whole,
         gradients=divided if parallelism.zero >= 2 else whole,
-        optimizer=divided,
+        optimizer=tuple(_pieces(whole, ranks)) if engine == "fsdp1" else divided,
     )
 
 
@@ -78,6 +78,22 @@ def _flat(tensors: Iterable[StateTensor], ranks: int) -> Iterable[StateTensor]:
     for members in groups.values():
         total = sum(tensor.elements for tensor in members)
         yield replace(members[0], name="flat parameter", shape=(-(-total // ranks),), kind="other")
+
+
+def _pieces(tensors: Iterable[StateTensor], ranks: int) -> Iterable[StateTensor]:
+    """What FSDP1's optimizer steps with use_orig_params: the parts of tensors in the first rank's stretch of a unit."""
+    room: dict[tuple[str, str, bool, bool, int], int] = {}
+    members = list(tensors)
+    for tensor in members:
+        key = (tensor.unit, tensor.dtype, tensor.trainable, tensor.packed, tensor.repeat)
+        room[key] = room.get(key, 0) + tensor.elements
+    room = {key: -(-total // ranks) for key, total in room.items()}
+    for tensor in members:
+        key = (tensor.unit, tensor.dtype, tensor.trainable, tensor.packed, tensor.repeat)
+        taken = min(room[key], tensor.elements)
+        room[key] -= taken
+        if taken:
+            yield replace(tensor, shape=tensor.shape if taken == tensor.elements else (taken,))
 
 
 def unit_elements(tensors: Iterable[StateTensor], blocks: int) -> dict[str, float]:

@@ -143,6 +143,7 @@ def _setting(plan: TrainingPlan, profile: Profile, engine: str, data: int, persi
         recompute=plan.recompute,
         attention=plan.attention,
         loss=plan.loss,
+        lengths=plan.data.lengths,
         profile=profile,
         accumulate=persistent,
         hooked=plan.optimizer.in_backward or plan.optimizer.name == "lomo",
