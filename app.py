@@ -1,10 +1,15 @@
 """The web app: page settings and navigation, nothing else."""
 
+from pathlib import Path
+
 import streamlit as st
 
-st.set_page_config(page_title="planner: does it fit?", page_icon="planner/ui/icon.svg", layout="wide")
-page = st.navigation(
-    [st.Page("planner/ui/pages/fit.py", title="Fit", default=True)],
-    position="top",
-)
+UI = Path(__file__).parent / "planner" / "ui"
+
+st.set_page_config(page_title="planner: does it fit?", page_icon=UI / "icon.svg", layout="wide")
+PAGES = [
+    st.Page(UI / "pages" / "fit.py", title="Fit", icon=":material/memory:", default=True),
+    st.Page(UI / "pages" / "serve.py", title="Serve", icon=":material/dns:"),
+]
+page = st.navigation(PAGES, position="top")
 page.run()

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from planner.hardware import Device, software_device
-from planner.model.adapter_targets import default_targets
+from planner.model.adapter_targets import chosen_by, default_targets
 from planner.plan import ServingPlan, TrainingPlan
 from planner.readers.hardware_profiles import load_hardware, resolve_device
 from planner.readers.models import load_model
@@ -57,7 +57,7 @@ def _with_targets(plan: TrainingPlan, shape: ModelShape) -> tuple[TrainingPlan, 
         return plan, ()
     targets = default_targets(shape, plan.method)
     method = replace(plan.method, targets=targets)
-    return replace(plan, method=method), (f"{plan.method.name} on {', '.join(targets)}, as peft chooses by default",)
+    return replace(plan, method=method), (f"{plan.method.name} on {', '.join(targets)}, {chosen_by(shape, method)}",)
 
 
 def trace(model_or_plan: Any, **options: Any) -> Any:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from planner.answer.parts import device_parts
 from planner.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -44,7 +45,6 @@ PALETTE: Mapping[str, Paint] = {
     "kv_cache": Paint(colour=_SKY, pattern="/"),
     "inputs": Paint(colour=_YELLOW),
     "activations": Paint(colour=_ORANGE),
-    "peak_activations": Paint(colour=_ORANGE),
     "logits_and_loss": Paint(colour=_VERMILION),
     "temporaries": Paint(colour=_YELLOW, pattern="\\"),
     "unsharded_parameters": Paint(colour=_PURPLE),
@@ -53,6 +53,8 @@ PALETTE: Mapping[str, Paint] = {
     "allocator_slack": Paint(colour=_GREY),
     "cuda_context": Paint(colour=_GREY, pattern="/"),
     "nccl_buffers": Paint(colour=_GREY, pattern="x"),
+    "non_torch": Paint(colour=_GREY, pattern="-"),
+    "cuda_graphs": Paint(colour=_PURPLE, pattern="|"),
 }
 _OTHER = Paint(colour=_GREY, pattern=".")
 _FONT = "Source Sans, Source Sans Pro, Helvetica, Arial, sans-serif"
@@ -67,7 +69,7 @@ def memory_bar(answer: Answer, unit: Unit = "GiB", *, title: str = "") -> Figure
     The bar's end is `device_used`. Parts that hold nothing are left out.
     """
     memory = answer["memory"]
-    parts = _parts(memory)
+    parts = device_parts(memory)
     used, capacity = sum(parts.values()), memory["capacity"]
     scale = max(used, capacity)
     figure = _figure(height=170 + _LEGEND_HEIGHT, title=title)
@@ -92,23 +94,15 @@ def moments(answer: Answer, unit: Unit = "GiB", *, title: str = "") -> Figure:
     labels[names.index(memory["peak_moment"])] = f"<b>{_words(memory['peak_moment'])}: the peak</b>"
     levels = [memory["moments"][name] for name in names]
     parts = list(dict.fromkeys(part for name in names for part, size in memory["breakdowns"][name].items() if size))
-    figure = _figure(height=34 * len(names) + 60, title=title)
+    scale = max(*levels, memory["capacity"])
+    figure = _figure(height=34 * len(names) + 30 + _LEGEND_HEIGHT, title=title)
     for part in parts:
         sizes = [memory["breakdowns"][name].get(part, 0) for name in names]
-        figure.add_bar(**_bar(part, sizes, labels, unit), showlegend=False)
-    figure.add_scatter(
-        x=levels,
-        y=labels,
-        mode="text",
-        text=[f" {format_bytes(level, unit)}" for level in levels],
-        textposition="middle right",
-        hoverinfo="skip",
-        showlegend=False,
-        cliponaxis=False,
-    )
+        figure.add_bar(**_bar(part, sizes, labels, unit), showlegend=max(sizes) / scale >= _VISIBLE_SHARE)
+    _totals(figure, levels, labels, unit)
     _capacity_line(figure, memory["capacity"], unit, label=False)
-    _size_axis(figure, max(*levels, memory["capacity"]) * 1.06, unit)
-    figure.update_layout(yaxis={"autorange": "reversed", "ticklabelstandoff": 6, "automargin": True}, bargap=0.35)
+    _size_axis(figure, scale * 1.06, unit)
+    figure.update_layout(**_ROWS)
     return figure
 
 
@@ -121,38 +115,18 @@ def zero_states(stages: Mapping[str, Mapping[str, int]], unit: Unit = "GB", *, t
         sizes = [states.get(part, 0) for states in stages.values()]
         figure.add_bar(**_bar(part, sizes, labels, unit))
     totals = [sum(states.values()) for states in stages.values()]
-    figure.add_scatter(
-        x=totals,
-        y=labels,
-        mode="text",
-        text=[f" {format_bytes(total, unit)}" for total in totals],
-        textposition="middle right",
-        hoverinfo="skip",
-        showlegend=False,
-        cliponaxis=False,
-    )
+    _totals(figure, totals, labels, unit)
     _size_axis(figure, max(totals) * 1.12, unit)
-    figure.update_layout(
-        margin={"b": _LEGEND_HEIGHT},
-        yaxis={"autorange": "reversed", "ticklabelstandoff": 6, "automargin": True},
-        bargap=0.35,
-    )
+    figure.update_layout(**_ROWS)
     return figure
 
 
 def describe(answer: Answer, unit: Unit = "GiB") -> str:
     """What `memory_bar` shows, in one sentence, for readers who do not see it."""
-    parts = sorted(_parts(answer["memory"]).items(), key=lambda part: -part[1])
+    parts = sorted(device_parts(answer["memory"]).items(), key=lambda part: -part[1])
     listed = ", ".join(f"{_words(name)} {format_bytes(size, unit)}" for name, size in parts)
     capacity = format_bytes(answer["memory"]["capacity"], unit)
     return f"Stacked bar against a capacity of {capacity}: {listed}."
-
-
-def _parts(memory: Mapping[str, Any]) -> dict[str, int]:
-    """The parts of `device_used`: tensors at the peak, then what lies outside them; nothing empty."""
-    parts = {name: size for name, size in memory["breakdown"].items() if size}
-    parts |= {name: term["bytes"] for name, term in (memory.get("device_terms") or {}).items() if term["bytes"]}
-    return parts
 
 
 def _words(name: str) -> str:
@@ -166,11 +140,17 @@ _INSIDE: Mapping[str, Any] = {
     "constraintext": "inside",
 }
 
+_ROWS: Mapping[str, Any] = {
+    "margin": {"b": _LEGEND_HEIGHT},
+    "yaxis": {"autorange": "reversed", "ticklabelstandoff": 6, "automargin": True},
+    "bargap": 0.35,
+}
+
 
 def _bar(name: str, sizes: Sequence[int], labels: Sequence[str], unit: Unit) -> dict[str, Any]:
     """One category of a horizontal stack."""
     paint = PALETTE.get(name, _OTHER)
-    dark = paint.colour in (_BLUE, _GREEN, _VERMILION)
+    light = paint.colour in (_SKY, _YELLOW, _ORANGE, _PURPLE)
     return {
         "x": list(sizes),
         "y": list(labels),
@@ -182,15 +162,29 @@ def _bar(name: str, sizes: Sequence[int], labels: Sequence[str], unit: Unit) -> 
             "pattern": {
                 "shape": paint.pattern,
                 "bgcolor": paint.colour,
-                "fgcolor": "rgba(255,255,255,0.75)",
+                "fgcolor": "rgba(0,0,0,0.55)" if light else "rgba(255,255,255,0.75)",
                 "size": 7,
                 "solidity": 0.25,
             },
         },
-        "textfont": {"color": "#ffffff" if dark else "#101010", "size": 13},
+        "textfont": {"color": "#101010" if light else "#ffffff", "size": 13},
         "customdata": [format_bytes(size, unit) for size in sizes],
         "hovertemplate": f"{_words(name)}: %{{customdata}}<extra></extra>",
     }
+
+
+def _totals(figure: Figure, sizes: Sequence[int], labels: Sequence[str], unit: Unit) -> None:
+    """Each row's sum, written at its end."""
+    figure.add_scatter(
+        x=list(sizes),
+        y=list(labels),
+        mode="text",
+        text=[f" {format_bytes(size, unit)}" for size in sizes],
+        textposition="middle right",
+        hoverinfo="skip",
+        showlegend=False,
+        cliponaxis=False,
+    )
 
 
 def _figure(*, height: int, title: str) -> Figure:

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from planner.answer.parts import device_parts
 from planner.units import format_bytes, format_share
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["MEANINGS", "breakdown_frame", "breakdown_text", "moments_frame", "states_frame"]
+__all__ = ["MEANINGS", "breakdown_frame", "breakdown_text", "moments_frame", "serving_text", "states_frame"]
 
 Answer = Mapping[str, Any]
 Unit = Literal["GiB", "GB"]
@@ -24,15 +25,17 @@ MEANINGS: Mapping[str, str] = {
     "gradients": "one gradient for each trained parameter",
     "optimizer_states": "what the optimizer remembers between steps: for Adam, two moments a trained parameter",
     "inputs": "token ids and what is made of them before the first layer",
-    "activations": "what forward keeps for backward, layer by layer",
+    "activations": "what forward keeps for backward, layer by layer; in serving, what one forward pass holds",
     "logits_and_loss": "scores over the whole vocabulary, their copies in the loss, and their gradients",
     "temporaries": "what one operation holds only while it runs",
     "unsharded_parameters": "layers that are whole for a moment, gathered from the other ranks",
     "communication_buffers": "buffers in which gradients and weights travel between ranks",
     "library_workspaces": "scratch memory of cuBLAS",
     "kv_cache": "keys and values of all tokens in flight",
-    "peak_activations": "what the largest forward pass of the engine holds",
-    "allocator_slack": "what PyTorch's allocator reserves beyond the tensors",
+    "non_torch": "what the driver and libraries take outside PyTorch",
+    "cuda_graphs": "recorded launches that the engine replays, with their buffers",
+    "allocator_slack": "memory that PyTorch's allocator keeps cached; it gives it back before it fails, so the verdict "
+    "does not count it as needed",
     "cuda_context": "what the driver and loaded kernels take",
     "nccl_buffers": "what the communication library takes",
     "peak_allocated": "the most that tensors hold at once: torch.cuda.max_memory_allocated()",
@@ -49,8 +52,7 @@ def breakdown_frame(answer: Answer) -> DataFrame:
     from pandas import DataFrame
 
     memory = answer["memory"]
-    sizes = {name: size for name, size in memory["breakdown"].items() if size}
-    sizes |= {name: term["bytes"] for name, term in (memory.get("device_terms") or {}).items() if term["bytes"]}
+    sizes = device_parts(memory)
     return DataFrame(
         {
             "bytes": list(sizes.values()),
@@ -82,6 +84,22 @@ def breakdown_text(answer: Answer, unit: Unit = "GiB") -> DataFrame:
             "of capacity": [format_share(size / memory["capacity"]) for _, size in rows],
         }
     )
+
+
+def serving_text(answer: Answer, unit: Unit = "GiB") -> DataFrame:
+    """What a serving deployment can hold, for people: a row each figure."""
+    from pandas import DataFrame
+
+    memory = answer["memory"]
+    token = "KiB" if unit == "GiB" else "kB"
+    rows = {
+        "cache of one token": format_bytes(memory["kv_cache_bytes_per_token"], token),
+        "room for caches": format_bytes(memory["kv_cache_pool"], unit),
+        "tokens that fit": f"{memory['kv_token_capacity']:,}",
+        "longest context of one sequence": f"{memory['longest_context']:,}",
+        "most sequences at a time": f"{memory['max_concurrent_sequences']:,}",
+    }
+    return DataFrame({"figure": list(rows), "value": list(rows.values())})
 
 
 def moments_frame(answer: Answer) -> DataFrame:

@@ -6,11 +6,13 @@ from modules of its own; what that changes of weights and names is put right her
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from functools import lru_cache
 
 from planner.errors import NotCovered
 from planner.ledger.profile import Profile
+from planner.ledger.targets import linear_modules
 from planner.model.shape import Attention, Block, Mlp, ModelShape, Moe
 from planner.plan import Method, Precision
 
@@ -54,18 +56,27 @@ def arranged(shape: ModelShape, profile: Profile) -> ModelShape:
     return shape
 
 
-def settled(method: Method, precision: Precision, profile: Profile) -> Method:
-    """The method with what the implementation decides: adapter formats, names of targets, what 4-bit weights are."""
+def settled(method: Method, precision: Precision, profile: Profile, shape: ModelShape) -> Method:
+    """The method with what the implementation decides: adapter formats, names of targets, what 4-bit weights are.
+
+    shape: as the implementation arranges it, for the targets that a group name stands for.
+    """
     if not profile.adapters_follow_weights:
         return method
     targets = method.targets
-    if profile.name == "litgpt":
-        names = [part for name in targets or ("q_proj", "v_proj") for part in _LITGPT_TARGETS.get(name, (name,))]
-        targets = tuple(part for name in names for part in (_ALL_LINEAR if name == "all-linear" else (name,)))
+    if profile.name == "litgpt" and method.name in ("lora", "qlora"):
+        modules = {module.rpartition(".")[2] for module in linear_modules(shape)}
+        targets = tuple(part for name in targets or ("query", "value") for part in _litgpt_targets(name, modules))
     quantizes_head = method.quantizes_head or profile.name == "litgpt"
     return replace(
         method, adapter_dtype=precision.weights, targets=targets, upcast=False, quantizes_head=quantizes_head
     )
+
+
+def _litgpt_targets(name: str, modules: Collection[str]) -> tuple[str, ...]:
+    """The linears that a name of litgpt's own, or of another library, stands for."""
+    group = _ALL_LINEAR if name == "all-linear" else _LITGPT_TARGETS.get(name)
+    return (name,) if group is None else tuple(part for part in group if part in modules)
 
 
 def _litgpt(shape: ModelShape) -> ModelShape:

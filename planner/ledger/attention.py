@@ -50,6 +50,7 @@ def attend(
 
     `context` gives the keys and values of cross-attention.
     """
+    _check_covered(spec)
     query, key, value, gate = _projections(t, spec, x, context)
     if spec.rotary_dim:
         if t.family in _ROTATES_INLINE:
@@ -63,6 +64,20 @@ def attend(
     result = t.linear(spec.out_name, result, hidden, bias=spec.out_bias)
     t.call_locals.clear()
     return result, weights
+
+
+def _check_covered(spec: Attention) -> None:
+    """Raise NotCovered for what the general program does not describe."""
+    parts = {
+        "chunked local attention": spec.chunk is not None,
+        "keys and values shared between blocks": spec.shares_kv,
+        "values taken from keys": spec.value_from_key,
+        "normalised values": spec.value_norm,
+        f"{spec.position_bias} position biases": spec.position_bias != "none",
+    }
+    missing = [part for part, present in parts.items() if present]
+    if missing:
+        raise NotCovered(f"activations of attention with {' and '.join(missing)} are not in the ledger.")
 
 
 def _projections(
@@ -168,8 +183,8 @@ def rotate(t: Operations, spec: Attention, x: Tensor) -> Tensor:
 
 
 def _concatenates(t: Operations, spec: Attention) -> bool:
-    """Whether the rotated part is put together with a rest, even an empty one; the result has heads before positions."""
-    return 0 < spec.rotary_dim < spec.head_dim or bool(spec.rotary_dim) and t.family in _ALWAYS_CONCATENATES
+    """Whether the rotated part is put together with a rest, even an empty one: the result has heads first."""
+    return 0 < spec.rotary_dim < spec.head_dim or (bool(spec.rotary_dim) and t.family in _ALWAYS_CONCATENATES)
 
 
 def turn(t: Operations, spec: Attention, x: Tensor) -> Tensor:
@@ -224,6 +239,9 @@ def shared_masks(t: Operations, shape: ModelShape, dtype: str) -> None:
         if isinstance(block.mixer, Attention):
             if t.family in ("bloom", "falcon") and block.mixer.position_bias == "alibi":
                 t.shared("alibi", ("B", t.dim("A", block.mixer.heads), "1", "S"), dtype)
+                if t.family == "falcon":  # makes rotary tables all the same
+                    for name in ("cos", "sin"):
+                        t.shared(name, ("1", "S", t.dim("D", block.mixer.head_dim)), dtype)
             if t.family != "mpt":
                 _mask(t, block.mixer, "S", "v+S" if t.method.name == "prefix" else "S", dtype)
             else:
@@ -310,7 +328,7 @@ def _fused(t: Operations, spec: Attention, query: Tensor, key: Tensor, value: Te
     if grouped and t.family != "falcon" and (repeats or t.family in t.profile.repeats_for_flash):
         key, value = _repeated(t, key, heads), _repeated(t, value, heads)
         grouped = False
-    if t.attention != "sdpa" or mask is None and equal and query.dtype != "fp32":
+    if t.attention != "sdpa" or (mask is None and equal and query.dtype != "fp32"):
         result = _flash(t, spec, query, key, value)
     elif not grouped:
         result = _memory_efficient(t, spec, query, key, value, mask)
@@ -401,9 +419,7 @@ def _memory_efficient(
     return result
 
 
-def _math(
-    t: Operations, spec: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-) -> Tensor:
+def _math(t: Operations, spec: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """The composite form (attention.cpp, _scaled_dot_product_attention_math), for what no fused kernel takes.
 
     All in fp32; both q and k are scaled, by the root of the factor; key/value heads are repeated; the softmax keeps
@@ -421,11 +437,10 @@ def _math(
     broadcasts = spec.kv_heads != spec.heads and t.family == "falcon"  # one head, expanded by the products themselves
     if spec.kv_heads != spec.heads and not broadcasts:
         key, value = _repeated(t, key, heads), _repeated(t, value, heads)
-    scores = _scores(
-        t, _dense(t, spec, scaled), _repeated(t, t.scale(key), heads) if broadcasts else t.scale(key)
-    )
+    scores = _scores(t, _dense(t, spec, scaled), _repeated(t, t.scale(key), heads) if broadcasts else t.scale(key))
     if mask is not None:
         scores = t.apply("add_", [scores], [(scores.dims, scores.dtype)], alias=True, in_place=True)[0]
+    mask = None  # gone once added
     infinite = [(scores.dims, "bool"), (scores.dims[:-1], "bool")]
     scores = t.apply(
         "safe_softmax",

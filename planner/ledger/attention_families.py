@@ -141,9 +141,7 @@ def _bloom(t: Operations, spec: Attention, x: Tensor, hidden: str) -> tuple[Tens
     t.module = "attention"
     square = (x.dims[0], heads, sequence, sequence)
     scratch = [(dims, query.dtype)]
-    scores = t.apply(
-        "baddbmm", [query, key], [(square, query.dtype)], saves=[query, key], backward_scratch=scratch
-    )[0]
+    scores = t.apply("baddbmm", [query, key], [(square, query.dtype)], saves=[query, key], backward_scratch=scratch)[0]
     weights = t.add(scores, eager_mask(t, spec, sequence, query.dtype))
     weights_ = t.softmax_fp32(weights)
     dropped = t.dropout(weights_, spec.dropout)

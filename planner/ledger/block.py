@@ -8,7 +8,7 @@ from planner.ledger.attention_families import OWN_ATTENTION
 from planner.ledger.bottleneck import ADAPTER_NAMES, bottleneck
 from planner.ledger.latent_attention import attend_latent
 from planner.ledger.linear_attention import mix_by_delta_rule
-from planner.ledger.mlp import feed_forward
+from planner.ledger.mlp import feed_forward, feed_forward_inline
 from planner.ledger.moe import mixture_of_experts
 from planner.ledger.norm import normalise
 from planner.ledger.operations import Operations
@@ -55,12 +55,17 @@ def _sequential(t: Operations, block: Block, x: Tensor) -> Tensor:
     x = normed = normalise(t, block.norm, block.norm_names[0], x)
     x, _weights = mix(t, block.mixer, x)
     x = _branch(t, block, x, mixer=True)
-    _kept = (x, normed) if t.family == "stablelm" else x if t.family in _NAMES_MIXED else None
+    _kept = (x, normed) if t.family in _NAMES_NORMED else x if t.family in _NAMES_MIXED else None
     del normed
     x = t.add(residual, x)
     residual = x
     x = normalise(t, block.norm, block.norm_names[1], x)
-    x = transform(t, block.ffn, x)
+    if t.family in _INLINES_FFN and isinstance(block.ffn, Mlp):
+        held = [x]
+        del x
+        x = feed_forward_inline(t, block.ffn, held, residual.dims[-1])
+    else:
+        x = transform(t, block.ffn, x)
     return t.add(residual, _branch(t, block, x))
 
 
@@ -142,7 +147,11 @@ def _branch(t: Operations, block: Block, x: Tensor, *, mixer: bool = False) -> T
     return x
 
 
-_NAMES_MIXED = frozenset({"gpt2", "gpt_bigcode"})  # attn_output, a local variable of the block's forward, lives to its end
+_NAMES_NORMED = frozenset({"stablelm", "falcon"})  # as below, and the output of the first norm with it
+_INLINES_FFN = frozenset({"opt"})  # the feed-forward layer is no module of its own: its input's name is used again
+_NAMES_MIXED = frozenset(
+    {"gpt2", "gpt_bigcode"}
+)  # attn_output, a local variable of the block's forward, lives to its end
 
 _RESIDUALS = {
     "sequential": _sequential,

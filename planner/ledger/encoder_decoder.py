@@ -102,7 +102,9 @@ def _run_stack(
             segment = segments[key] = first + len(segments)
             t.begin("forward", segment)
             t.prefix = f"{segment}:"
-            flow.append(_checkpointed(t, block, flow[0], shared, t.prefix) if recomputed else _block(t, block, flow[0], shared))
+            flow.append(
+                _checkpointed(t, block, flow[0], shared, t.prefix) if recomputed else _block(t, block, flow[0], shared)
+            )
             flow.pop(0)
         order.append(segment)
     return order
@@ -128,14 +130,18 @@ def _checkpointed(t: Operations, block: Block, x: Tensor, shared: _Shared, prefi
     if block.cross is not None:
         shared.cross_bias = t.constant("zeros", shared.bias.dims, x.dtype)
         shared.cross_bias.requires_grad = True
-        shared.cross_bias.node = Node("leaf", t.module, t.segment, 1)
+        leaf = shared.cross_bias.node = Node("leaf", t.module, t.segment, 1)
+        leaf.saved.append(shared.cross_bias.storage)  # a leaf's node holds the leaf, beside its gradient
         made.append(shared.cross_bias)
     sources = [(tensor.dims, tensor.dtype, tensor.node) for tensor in made]
 
     def first(x: Tensor, *others: Tensor) -> Tensor:
         t.prefix = prefix
-        bias, cross_bias = (*(made or _made_again(t, sources)), None)[:2]
-        made.clear()
+        if t.enabled:  # the second run: every other block has let go of the first ones by now
+            made[:] = _made_again(t, sources)
+        bias, cross_bias = (*made, None)[:2]
+        if t.enabled:
+            made.clear()
         return _block(t, block, x, _Shared(bias=bias, context=others[0] if others else None, cross_bias=cross_bias))
 
     return t.checkpoint(first, x) if shared.context is None else t.checkpoint(first, x, shared.context)
@@ -176,8 +182,8 @@ def _feed_forward(t: Operations, mlp: Mlp, x: Tensor, hidden: str) -> Tensor:
     if mlp.gated:
         gate, up, down = mlp.names
         opened = activate(t, mlp.activation, t.linear(gate, x, width))
-        inner = t.linear(up, x, width)
-        inner = t.mul(opened, inner)
+        straight = t.linear(up, x, width)  # lives, as `opened` does, until the layer is done
+        inner = t.mul(opened, straight)
     else:
         up, down = mlp.names
         inner = t.linear(up, x, width)

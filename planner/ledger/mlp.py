@@ -10,7 +10,7 @@ from planner.ledger.operations import Operations
 from planner.ledger.tape import Tensor
 from planner.model.shape import Mlp
 
-__all__ = ["activate", "feed_forward"]
+__all__ = ["activate", "feed_forward", "feed_forward_inline"]
 
 
 def feed_forward(t: Operations, mlp: Mlp, x: Tensor, hidden: str) -> Tensor:
@@ -41,15 +41,23 @@ def feed_forward(t: Operations, mlp: Mlp, x: Tensor, hidden: str) -> Tensor:
     )
 
 
+def feed_forward_inline(t: Operations, mlp: Mlp, held: list[Tensor], hidden: str) -> Tensor:
+    """down(act(up(x))) where nobody but `held` refers to x, so that it goes once `up` has run."""
+    up, down = mlp.names
+    x = t.linear(up, held.pop(), t.dim("F", mlp.width), bias=mlp.up_bias)
+    x = activate(t, mlp.activation, x)
+    return t.linear(down, x, hidden, bias=mlp.down_bias)
+
+
 def gated(t: Operations, activation: str, gate: Tensor, up: Tensor) -> Tensor:
     """act(gate) * up in one kernel: saves both inputs and nothing in between (Liger, Transformer Engine).
 
     Liger's writes both gradients over the inputs (ops/swiglu.py, swiglu_backward).
     """
     memory = [gate.storage, up.storage] if t.profile.in_place_gradients else ()
-    return t.apply(
-        f"{activation} gate", [gate, up], [(gate.dims, gate.dtype)], saves=[gate, up], gradients_in=memory
-    )[0]
+    return t.apply(f"{activation} gate", [gate, up], [(gate.dims, gate.dtype)], saves=[gate, up], gradients_in=memory)[
+        0
+    ]
 
 
 def activate(t: Operations, name: str, x: Tensor) -> Tensor:

@@ -57,7 +57,13 @@ def _one_by_one(t: Operations, moe: Moe, x: Tensor, hidden: str) -> Tensor:
     The rows of an expert depend on the router; here every expert gets its even share, ceil(B S k / X). What is saved
     adds up to the same whatever the share is; what passes by for one expert at a time does not.
     """
-    if moe.routing not in ("mixtral", "qwen") or not moe.gated or moe.expert_bias or moe.jitter or moe.shared is not None:
+    if (
+        moe.routing not in ("mixtral", "qwen")
+        or not moe.gated
+        or moe.expert_bias
+        or moe.jitter
+        or moe.shared is not None
+    ):
         raise NotCovered("this mixture of experts is covered as transformers 5 runs it, not as a loop over modules.")
     logits, weights, index = _ROUTERS[moe.routing](t, moe, x)
     weights = t.to(weights, x.dtype)

@@ -21,7 +21,7 @@ def normalise(t: Operations, norm: Norm | None, name: str, x: Tensor) -> Tensor:
         return _layernorm_in_fp32(t, norm, name, x)
     if t.profile.fused_norm or norm.kind == "layernorm":
         return _native(t, norm, name, x)
-    if norm.kind == "rmsnorm" and t.profile.name == "litgpt" or norm.kind == "rmsnorm_1p":
+    if (norm.kind == "rmsnorm" and t.profile.name == "litgpt") or norm.kind == "rmsnorm_1p":
         return _rmsnorm_in_fp32(t, norm, name, x)
     return _rmsnorm(t, norm, name, x)
 
@@ -37,9 +37,7 @@ def _native(t: Operations, norm: Norm, name: str, x: Tensor) -> Tensor:
         x = t.to(x, "fp32")
     statistics = [(x.dims[:-1], "fp32")] * (2 if norm.kind == "layernorm" else 1)
     alias = [library, *(False for _ in weights)]  # Liger's and unsloth's kernels write dx over dy
-    return t.apply(
-        norm.kind, [x, *weights], [(x.dims, x.dtype)], saves=[x], extra_saved=statistics, alias=alias
-    )[0]
+    return t.apply(norm.kind, [x, *weights], [(x.dims, x.dtype)], saves=[x], extra_saved=statistics, alias=alias)[0]
 
 
 def _rmsnorm(t: Operations, norm: Norm, name: str, x: Tensor) -> Tensor:
@@ -107,4 +105,6 @@ def _inverse_rms(t: Operations, hidden: Tensor) -> Tensor:
     return t.map("rsqrt", t.scale(mean, "add scalar"), saves="output")
 
 
-_WEIGHS_IN_FP32 = frozenset({"olmo2", "olmo3", "flex_olmo", "gpt_oss"})  # the weight meets the fp32 value, before the cast
+_WEIGHS_IN_FP32 = frozenset(
+    {"olmo2", "olmo3", "flex_olmo", "gpt_oss"}
+)  # the weight meets the fp32 value, before the cast

@@ -15,6 +15,7 @@ from planner.ledger.bottleneck import ADAPTER_NAMES, adapter_shapes
 from planner.ledger.ia3 import scales_input
 from planner.ledger.prompt_tuning import PROMPT_TABLE, prefix_width
 from planner.ledger.tape import allocated_bytes
+from planner.ledger.targets import is_linear
 from planner.ledger.weights import block_weights, model_weights
 from planner.model.shape import Block, ModelShape, Weight, WeightKind
 from planner.plan import Method, Precision
@@ -69,14 +70,14 @@ def trained_around(shape: ModelShape, method: Method) -> frozenset[str]:
 
 
 def block_tensors(
-    block: Block, hidden: int, method: Method, precision: Precision, *, trains: bool
+    block: Block, hidden: int, method: Method, precision: Precision, *, trains: bool, family: str = ""
 ) -> tuple[StateTensor, ...]:
     """The parameter tensors of one block, adapters included. trains: whether `frozen` trains this block."""
     tensors: list[StateTensor] = []
     for weight in block_weights(block, hidden):
-        base = _base(weight, 1, True, method, precision)
+        base = _base(weight, 1, True, method, precision, family)
         tensors.append(replace(base, trainable=trains) if method.name == "frozen" else base)
-        tensors.extend(_adapters(weight, base, method, ""))
+        tensors.extend(_adapters(weight, base, method, family=family))
     if method.name == "adapter":
         tensors.extend(_bottlenecks(block, hidden, 1, method))
     return tuple(tensors)
@@ -90,7 +91,7 @@ def _tensors(shape: ModelShape, method: Method, precision: Precision) -> Iterato
         in_block = bool(group.layers) and group.prefix == shape.prefix
         trained = sum(layer >= first_trained for layer in group.layers) if in_block else 0
         for weight in group.weights:
-            base = _base(weight, group.repeat, in_block, method, precision)
+            base = _base(weight, group.repeat, in_block, method, precision, shape.model_type)
             if method.name == "frozen":
                 count = group.repeat if weight.name in around and not group.layers else trained
                 if count:
@@ -103,15 +104,17 @@ def _tensors(shape: ModelShape, method: Method, precision: Precision) -> Iterato
                 name = f"{weight.name.rpartition('.')[0]}.modules_to_save.{weight.name.rpartition('.')[2]}"
                 yield replace(base, name=name, trainable=True, packed=False)
             else:
-                yield from _adapters(weight, base, method, head)
+                yield from _adapters(weight, base, method, head, family=shape.model_type)
         if method.name == "adapter" and in_block:
             yield from _bottlenecks(shape.blocks[group.layers[0]], shape.hidden, group.repeat, method)
     yield from _virtual_tokens(shape, method)
 
 
-def _base(weight: Weight, repeat: int, in_block: bool, method: Method, precision: Precision) -> StateTensor:
+def _base(
+    weight: Weight, repeat: int, in_block: bool, method: Method, precision: Precision, family: str
+) -> StateTensor:
     head = method.quantizes_head and weight.component == "lm_head"
-    packed = method.name == "qlora" and weight.kind == "linear" and (in_block or head)
+    packed = method.name == "qlora" and is_linear(weight, family) and (in_block or head)
     upcast = method.name == "qlora" and not packed and method.upcast
     upcast = upcast and (method.upcast_embeddings or _is_norm(weight))
     return StateTensor(
@@ -130,10 +133,12 @@ def _is_norm(weight: Weight) -> bool:
     return "norm" in weight.name or ".ln_" in weight.name
 
 
-def _adapters(weight: Weight, base: StateTensor, method: Method, head: str) -> Iterator[StateTensor]:
+def _adapters(
+    weight: Weight, base: StateTensor, method: Method, head: str = "", *, family: str = ""
+) -> Iterator[StateTensor]:
     """LoRA's A (r, in) and B (out, r); DoRA's magnitude (out,); IA3's scale. head: name of the output projection."""
     module, _, leaf = weight.name.rpartition(".")
-    if weight.kind != "linear" or leaf != "weight" or not is_target(method, module, head):
+    if not is_linear(weight, family) or leaf != "weight" or not is_target(method, module, head):
         return
     out, inner = weight.shape
     adapter = replace(base, dtype=method.adapter_dtype, trainable=True, packed=False, kind="other")

@@ -51,18 +51,19 @@ def prefix_width(shape: ModelShape) -> int:
 
     Raises NotCovered where layers differ or do not keep a plain cache of keys and values.
     """
-    widths: set[int] = set()
+    widths: set[tuple[int, int, int | None, int | None]] = set()
     for block in shape.blocks:
         mixer = block.mixer
         plain = isinstance(mixer, Attention) and block.cross is None and not mixer.shares_kv
         if not plain or not isinstance(mixer, Attention) or mixer.value_dim not in (None, mixer.head_dim):
             raise NotCovered("prefix tuning is covered for models whose layers are all plain self-attention.")
-        if mixer.window is not None or mixer.chunk is not None:
-            raise NotCovered("prefix tuning is not covered for layers with a sliding window.")
-        widths.add(mixer.kv_heads * mixer.head_dim)
+        widths.add((mixer.kv_heads, mixer.head_dim, mixer.window, mixer.chunk))
     if len(widths) != 1:
-        raise NotCovered("prefix tuning is not covered for layers whose keys and values differ in size.")
-    return widths.pop()
+        raise NotCovered("prefix tuning is not covered for layers that differ in their key/value heads or windows.")
+    heads, size, _, chunk = widths.pop()
+    if chunk is not None:
+        raise NotCovered("prefix tuning is not covered for chunked attention.")
+    return heads * size
 
 
 def make_prefix(t: Operations, shape: ModelShape, dtype: str) -> list[tuple[Tensor, Tensor]]:

@@ -30,6 +30,7 @@ from planner.ledger.operations import Operations
 from planner.ledger.parameters import StateTensor, block_tensors, state_tensors, trained_around
 from planner.ledger.profile import Profile
 from planner.ledger.prompt_tuning import make_prefix, prepend_prompt
+from planner.ledger.targets import check_method
 from planner.ledger.tape import Storage, Tensor
 from planner.model.shape import Attention, Block, LatentAttention, ModelShape
 from planner.plan import Method, Precision, Recompute
@@ -105,6 +106,13 @@ class StepRecord:
 
 def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
     """Record one pass. Raises NotCovered when the model has a part whose activations are not in the ledger."""
+    check_method(
+        shape,
+        setting.method,
+        setting.profile,
+        sharded=setting.gathering is not None,
+        autocast=setting.precision.autocast,
+    )
     t = _tape(shape, setting)
     if setting.attention == "sdpa" and any(isinstance(b.mixer, Attention) and b.mixer.sinks for b in shape.blocks):
         t.attention = "eager"  # what transformers falls back to: _supports_sdpa is False for models with sinks
@@ -311,13 +319,21 @@ def _run_blocks(
         blocks = [shape.blocks[index] for index in indices]
         trains = tuple(setting.method.name == "frozen" and index >= first_trained for index in indices)
         last = keeps and indices.stop == len(shape.blocks)
-        key = (tuple(kinds[index] for index in indices), flow[0].requires_grad, trains, start == 0, last, start * bool(past))
+        kind = tuple(kinds[index] for index in indices)
+        key = (kind, flow[0].requires_grad, trains, start == 0, last, start * bool(past))
         segment = segment_of.get(key)
         if segment is None:
             segment = segment_of[key] = len(segment_of) + 1
             t.begin("forward", segment)
             if setting.gathering is not None:
-                tensors = block_tensors(blocks[0], shape.hidden, setting.method, setting.precision, trains=trains[0])
+                tensors = block_tensors(
+                    blocks[0],
+                    shape.hidden,
+                    setting.method,
+                    setting.precision,
+                    trains=trains[0],
+                    family=shape.model_type,
+                )
                 t.units[segment] = unit_of(tensors, setting)
             t.enter("forward", segment)
             if past:
@@ -326,6 +342,8 @@ def _run_blocks(
             recomputed = _recomputes(setting.recompute)
             flow.append(t.checkpoint(program, flow[0]) if recomputed else program(flow[0]))
             flow.pop(0)
+            if t.past is not None:
+                raise NotCovered(f"the attention of {shape.model_type} models takes no prefix in the ledger.")
             t.leave("forward", segment)
         order.append(segment)
     return order

@@ -134,11 +134,19 @@ def _fsdp2(model: torch.nn.Module, sharding: Sharding, mesh: DeviceMesh) -> torc
     return model
 
 
+def _is_trained_leaf(module: torch.nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.nn.Parameter) and weight.requires_grad and not list(module.children())
+
+
 def _fsdp1(model: torch.nn.Module, sharding: Sharding, mesh: DeviceMesh) -> torch.nn.Module:
     from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
     from torch.distributed.fsdp.wrap import CustomPolicy
 
     units = {id(block) for block in _blocks(model, sharding)}
+    if not all(parameter.requires_grad for parameter in model.parameters()):
+        # peft/utils/other.py, fsdp_auto_wrap_policy: each adapter's linear is a unit too, as a flat vector has one format
+        units.update(id(module) for module in model.modules() if _is_trained_leaf(module))
     policy = None
     if sharding.param_dtype is not None or sharding.reduce_dtype is not None:
         policy = MixedPrecision(param_dtype=sharding.param_dtype, reduce_dtype=sharding.reduce_dtype)

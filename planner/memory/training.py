@@ -71,7 +71,7 @@ def training_memory(plan: TrainingPlan, shape: ModelShape, device: Device) -> Tr
     data = plan.data_ranks
     profile = profile_named(plan.implementation.name, plan.implementation.version, plan.implementation.kernels)
     shape = local_shape(arranged(shape, profile), plan.parallelism.tensor)
-    plan = replace(plan, method=settled(plan.method, plan.precision, profile))
+    plan = replace(plan, method=settled(plan.method, plan.precision, profile, shape))
     tensors = state_tensors(shape, plan.method, plan.precision)
     held = held_by_a_rank(tensors, plan.parallelism, data)
     engine = engine_of(plan.parallelism, data)

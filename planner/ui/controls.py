@@ -14,12 +14,13 @@ import streamlit as st
 
 from planner.errors import PlannerError
 from planner.model.catalogue import model_names
+from planner.quantization import QUANTIZATIONS
 from planner.readers.hardware_profiles import device_names, load_hardware
-from planner.readers.plan_fields import OPTIMIZERS
+from planner.readers.plan_fields import KV_CACHE_FORMATS, OPTIMIZERS
 from planner.readers.plan_short_forms import PRECISION_RECIPES
 from planner.units import format_bytes
 
-__all__ = ["Inputs", "training_inputs", "unit_switch"]
+__all__ = ["Inputs", "serving_inputs", "training_inputs", "unit_switch"]
 
 _URL: Mapping[str, Any] = {"bind": "query-params"}
 _ONE_OF: Mapping[str, Any] = {**_URL, "required": True}
@@ -46,12 +47,7 @@ def unit_switch() -> Any:
 
 def training_inputs(unit: Any) -> Inputs:
     """The controls of a training or fine-tuning plan on the current container; sizes are printed in `unit`."""
-    values: dict[str, Any] = {}
-    values["model"] = _choice(
-        "Model", "model", model_names(), "Llama-3.1-8B", "A catalogue name, a hub id, or a path to a config.json."
-    )
-    values["gpu"] = _choice("GPU", "gpu", device_names(), "rtx-4090", "A name from the list, or an alias such as 4090.")
-    st.caption(_card(values["gpu"], unit))
+    values = _model_and_gpu(unit)
     values["method"] = st.segmented_control(
         "Method",
         ["full", "lora", "qlora"],
@@ -76,6 +72,45 @@ def training_inputs(unit: Any) -> Inputs:
     with st.expander("Precision, optimizer, adapters, GPUs"):
         values |= _finer_inputs(adapted=values["method"] != "full")
     return Inputs(values, _document(values))
+
+
+def serving_inputs(unit: Any) -> Inputs:
+    """The controls of a serving plan on the current container; sizes are printed in `unit`."""
+    values = _model_and_gpu(unit)
+    values["quantization"] = _option(
+        "Quantization",
+        "quantization",
+        QUANTIZATIONS,
+        "none",
+        "How the weights are stored: none keeps 16 bits; the Q and IQ names are GGUF file types.",
+    )
+    left, right = st.columns(2, wrap=False)
+    with left:
+        values["context"] = _number(
+            "Context length", "context", 8192, _LONGEST_SEQUENCE, "Tokens a sequence may reach, prompt and answer."
+        )
+    with right:
+        values["concurrency"] = _number("Concurrency", "concurrency", 8, _MOST, "Sequences at a time.")
+    with st.expander("Engine, cache format, GPUs"):
+        left, right = st.columns(2)
+        with left:
+            engines = ("vllm", "sglang", "transformers", "llama.cpp", "tensorrt-llm", "ideal")
+            values["engine"] = _option("Engine", "engine", engines, "vllm", "Whose rules for memory hold.")
+            values["gpus"] = _number("GPUs in a node", "gpus", 1, _MOST, "What tensor parallelism leaves are replicas.")
+        with right:
+            values["kv"] = _option("Cache format", "kv", KV_CACHE_FORMATS, "auto", "auto: as the model computes.")
+            values["tensor"] = _number("Tensor parallel", "tensor", 1, _MOST, "GPUs that share each layer.")
+    document = {
+        "kind": "serving",
+        "model": values["model"] or "",
+        "quantization": values["quantization"],
+        "kv_cache": {"dtype": values["kv"]},
+        "requests": {"context_length": values["context"], "concurrency": values["concurrency"]},
+        "engine": values["engine"],
+        "parallelism": {"tensor": values["tensor"]},
+        "hardware": {"gpu": values["gpu"] or "", "gpus_per_node": values["gpus"]},
+    }
+    return Inputs(values, document)
 
 
 def _finer_inputs(*, adapted: bool) -> dict[str, Any]:
@@ -122,6 +157,16 @@ def _finer_inputs(*, adapted: bool) -> dict[str, Any]:
         values["accumulation"] = _number(
             "Accumulation", "accumulation", 1, _MOST, "Forward and backward passes in one optimizer step."
         )
+    return values
+
+
+def _model_and_gpu(unit: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    values["model"] = _choice(
+        "Model", "model", model_names(), "Llama-3.1-8B", "A catalogue name, a hub id, or a path to a config.json."
+    )
+    values["gpu"] = _choice("GPU", "gpu", device_names(), "rtx-4090", "A name from the list, or an alias such as 4090.")
+    st.caption(_card(values["gpu"], unit))
     return values
 
 

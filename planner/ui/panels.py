@@ -18,7 +18,19 @@ from planner.plan import ServingPlan, TrainingPlan
 from planner.units import format_bytes
 from planner.writers.plan_document import plan_to_yaml
 
-__all__ = ["downloads", "links", "look", "memory", "moments", "notes", "refusal", "verdict", "verdict_sentence"]
+__all__ = [
+    "capacity",
+    "downloads",
+    "links",
+    "look",
+    "memory",
+    "moments",
+    "notes",
+    "plain",
+    "refusal",
+    "verdict",
+    "verdict_sentence",
+]
 
 Answer = Mapping[str, Any]
 
@@ -33,8 +45,17 @@ def look() -> None:
 
 def verdict_sentence(answer: Answer, unit: Any) -> str:
     """The verdict in one sentence, its sizes in `unit`."""
-    found = answer["verdict"]
+    found, held = answer["verdict"], answer["memory"]
     room, band = (format_bytes(abs(found[name]), unit) for name in ("head_room_bytes", "band_bytes"))
+    if answer["kind"] == "serving":
+        load = f"{held['concurrency']:,} x {held['context_length']:,} tokens"
+        match found["outcome"]:
+            case "fits":
+                return f"**Fits: {load}, and {room} of cache for more.**"
+            case "tight":
+                return f"**Tight: {load} leave {room} of cache, inside the known error of {band}.**"
+            case _:
+                return f"**Does not fit: {load} are short by {room} of cache.**"
     where = found["moment"].replace("_", " ")
     match found["outcome"]:
         case "fits":
@@ -57,16 +78,15 @@ def verdict(answer: Answer, unit: Any) -> None:
     draw, icon = _BOXES[answer["verdict"]["outcome"]]
     draw(verdict_sentence(answer, unit), icon=icon)
     held = answer["memory"]
-    st.caption(
-        f"On each GPU: peak_allocated {format_bytes(held['peak_allocated'], unit)}, "
-        f"device_used {format_bytes(held['device_used'], unit)} of {format_bytes(held['capacity'], unit)}."
-    )
+    peak = f"peak_allocated {format_bytes(held['peak_allocated'], unit)}, " if "peak_allocated" in held else ""
+    used, capacity = (format_bytes(held[name], unit) for name in ("device_used", "capacity"))
+    st.caption(f"On each GPU: {peak}device_used {used} of {capacity}.")
 
 
 def refusal(sentence: str, previous: str | None) -> None:
     """Why the controls as they stand have no answer, and what the answer below belongs to."""
     tail = f" Below is the last answer, for {previous}." if previous else ""
-    st.info(f"**Not answered:** {_plain(sentence)}{tail}", icon=":material/edit:")
+    st.info(f"**Not answered:** {plain(sentence)}{tail}", icon=":material/edit:")
 
 
 def memory(answer: Answer, unit: Any) -> None:
@@ -79,8 +99,16 @@ def memory(answer: Answer, unit: Any) -> None:
     text["part"] = [f"**{part}**" if part.startswith("=") else part for part in text["part"]]
     st.table(text, border="horizontal", hide_index=True)
     with st.expander("What the parts are"):
-        shown = [*tables.breakdown_frame(answer).index, "peak_allocated", "peak_reserved", "device_used"]
+        sums = [part.removeprefix("= ") for part in tables.breakdown_text(answer)["part"] if part.startswith("=")]
+        shown = [*tables.breakdown_frame(answer).index, *sums]
         st.markdown("\n".join(f"- **{name.replace('_', ' ')}**: {tables.MEANINGS[name]}" for name in shown))
+
+
+def capacity(answer: Answer, unit: Any) -> None:
+    """What a serving deployment can hold: tokens, context, sequences."""
+    st.subheader("What it can hold", anchor=False)
+    st.table(tables.serving_text(answer, unit), border="horizontal", hide_index=True, hide_header=True)
+    st.caption("Of the whole deployment; the longest context is that of one sequence alone.")
 
 
 def moments(answer: Answer, unit: Any) -> None:
@@ -95,16 +123,16 @@ def moments(answer: Answer, unit: Any) -> None:
 def notes(answer: Answer) -> None:
     """Warnings in full; assumptions folded, the fields left at their default last."""
     for warning in answer["warnings"]:
-        st.caption(f":material/info: {_plain(warning)}")
+        st.caption(f":material/info: {plain(warning)}")
     stated = [line for line in answer["assumptions"] if not line.startswith(_DEFAULT)]
     defaults = [line.removeprefix(_DEFAULT) for line in answer["assumptions"] if line.startswith(_DEFAULT)]
     with st.expander(f"Assumptions ({len(stated)}) and defaults ({len(defaults)})"):
-        st.markdown("\n".join(f"- {_plain(line)}" for line in stated))
+        st.markdown("\n".join(f"- {plain(line)}" for line in stated))
         st.code("\n".join(defaults), language=None)
     with st.expander("Outside the tensors: sources"):
         terms = answer["memory"].get("device_terms") or {}
         st.markdown(
-            "\n".join(f"- **{name.replace('_', ' ')}**: {_plain(term['source'])}" for name, term in terms.items())
+            "\n".join(f"- **{name.replace('_', ' ')}**: {plain(term['source'])}" for name, term in terms.items())
         )
 
 
@@ -131,6 +159,6 @@ def links(address: str, commands: Sequence[str]) -> None:
         st.code("\n".join(commands), language="bash", wrap_lines=True)
 
 
-def _plain(sentence: str) -> str:
+def plain(sentence: str) -> str:
     """A sentence that markdown prints as it is."""
     return "".join(f"\\{character}" if character in "\\`*_{}[]<>#$~|:" else character for character in sentence)

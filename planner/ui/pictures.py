@@ -1,6 +1,6 @@
 """The pictures of the README and the docs, as SVG: `python -m planner.ui.pictures FOLDER`.
 
-Plotly draws in a browser, so a headless Chromium draws here too, from a page that holds plotly.js itself: no network and
+Plotly draws in a browser, so a headless Chromium draws here too, from a page that holds plotly.js itself: no network,
 no further package. The browser is the one named by the environment variable CHROMIUM, or one on the path.
 """
 

@@ -115,9 +115,7 @@ def _name(case: tuple[str, dict[str, Any]]) -> str:
 def _ledger(config: dict[str, Any], attention: str, dtype: str, method: Method, recompute: bool) -> dict[str, int]:
     precision = Precision()
     if dtype == "fp32":
-        precision = Precision(
-            recipe="fp32", weights="fp32", gradients="fp32", optimizer_states="fp32", compute="fp32"
-        )
+        precision = Precision(recipe="fp32", weights="fp32", gradients="fp32", optimizer_states="fp32", compute="fp32")
     setting = Setting(
         micro_batch_size=BATCH,
         sequence_length=SEQUENCE,

@@ -230,16 +230,17 @@ T5: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("changes", "batch", "dtype", "lora"),
+    ("changes", "batch", "dtype", "lora", "recompute"),
     [
-        ({}, 2, "bf16", ()),
-        ({"tie_word_embeddings": True, "feed_forward_proj": "relu"}, 2, "bf16", ()),
-        ({"vocab_size": 32_128}, 4, "bf16", ()),
-        ({}, 4, "fp32", ()),
-        ({}, 2, "bf16", ("q", "v")),
+        ({}, 2, "bf16", (), False),
+        ({"tie_word_embeddings": True, "feed_forward_proj": "relu"}, 2, "bf16", (), False),
+        ({"vocab_size": 32_128}, 4, "bf16", (), False),
+        ({}, 4, "fp32", (), False),
+        ({}, 2, "bf16", ("q", "v"), False),
+        ({}, 8, "bf16", (), True),
     ],
 )
-def test_t5(changes: dict[str, Any], batch: int, dtype: str, lora: tuple[str, ...]) -> None:
+def test_t5(changes: dict[str, Any], batch: int, dtype: str, lora: tuple[str, ...], recompute: bool) -> None:
     from planner.measure.dry_run import replay_training_step
 
     config, sequence = {**T5, **changes}, 512
@@ -255,8 +256,9 @@ def test_t5(changes: dict[str, Any], batch: int, dtype: str, lora: tuple[str, ..
         sequence_length=sequence,
         dtype=dtype,
         lora={"r": 16, "target_modules": list(lora), "task_type": "SEQ_2_SEQ_LM"} if lora else None,
+        gradient_checkpointing="non-reentrant" if recompute else False,
     )
-    said = ledger_levels(config, batch, sequence, dtype=dtype, lora=lora, recompute=False, attention="sdpa")
+    said = ledger_levels(config, batch, sequence, dtype=dtype, lora=lora, recompute=recompute, attention="sdpa")
     assert_close(said, replayed_levels(run, batch, sequence))
 
 

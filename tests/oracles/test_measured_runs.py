@@ -1,0 +1,91 @@
+"""Published peaks of real GPU runs against the planner, source by source, at the level reached.
+
+The misses are listed one by one with their cause. A run that leaves the list, or joins it, fails a test: both are news.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from planner.evidence import Comparison, compare, measured_runs, summaries
+
+# Largest median and 90th percentile of the absolute error that each source may have, and its number of runs.
+USED_WHILE_DEVELOPING = {
+    "fms-acceleration": (0.0005, 0.005, 82),
+    "litgpt config_hub": (0.01, 0.03, 24),
+    "litgpt resource tables": (0.005, 0.01, 10),
+    "litgpt thunder extension": (0.02, 0.02, 2),
+    "torchtune README ladder": (0.005, 0.005, 1),
+}
+# Rows of the same files that were first compared when the programs were finished. One model in twelve is santacoder.
+HELD_OUT = {"fms-acceleration": (0.005, 0.13, 106), "litgpt config_hub": (0.01, 0.03, 3)}
+
+# Beyond 3 %, and why.
+SANTACODER = "one copy of the logits more is alive in backward than gpt_bigcode's module explains; its packed length is not stated"
+FAST_LORA = "gpt_bigcode's own fast kernels (fused LoRA, a loss on 16-bit logits) are not modelled"
+LENGTHS = "unequal lengths: no batch is known to have had all its samples at the cap of 512 tokens when gradients existed"
+MISSES = {
+    "fms-003": SANTACODER,
+    "fms-base-5": SANTACODER,
+    "fms-base-8": SANTACODER,
+    "fms-base-9": SANTACODER,
+    "fms-base-70": SANTACODER,
+    "fms-base-71": SANTACODER,
+    "fms-base-72": SANTACODER,
+    "fms-base-73": SANTACODER,
+    "fms-base-74": FAST_LORA,
+    "fms-base-75": FAST_LORA,
+    "fms-base-76": FAST_LORA,
+    "fms-base-77": FAST_LORA,
+    "lith-007": LENGTHS,
+    "lith-035": LENGTHS,
+}
+
+
+@pytest.fixture(scope="module")
+def comparisons() -> list[Comparison]:
+    return compare(measured_runs())
+
+
+def test_every_run_is_answered(comparisons: list[Comparison]) -> None:
+    assert {c.run.id: c.refusal for c in comparisons if c.error is None} == {}
+
+
+@pytest.mark.parametrize(("held_out", "levels"), [(False, USED_WHILE_DEVELOPING), (True, HELD_OUT)])
+def test_error_of_each_source(comparisons: list[Comparison], held_out: bool, levels: dict[str, tuple[float, float, int]]) -> None:
+    reached = {s.source: s for s in summaries([c for c in comparisons if c.run.held_out == held_out])}  # type: ignore[union-attr]
+    assert set(reached) == set(levels)
+    for source, (median, p90, runs) in levels.items():
+        summary = reached[source]
+        assert summary.runs == runs
+        assert summary.median_error <= median, summary
+        assert summary.p90_error <= p90, summary
+
+
+def test_misses_are_the_listed_ones(comparisons: list[Comparison]) -> None:
+    beyond = {c.run.id for c in comparisons if c.error is not None and abs(c.error) > 0.03}
+    assert beyond == set(MISSES)
+
+
+def test_unfused_runs_of_whole_precision_are_within_one_percent(comparisons: list[Comparison]) -> None:
+    """Full fine-tuning and LoRA with the library's own modules: nothing in them is unknown but santacoder's data."""
+    for c in comparisons:
+        plain = c.run.source == "fms-acceleration" and c.run.note == "none" and c.run.id not in MISSES  # type: ignore[union-attr]
+        if plain and c.run.id != "fms-base-3":  # santacoder again, whose optimizer step hides the rest of it
+            assert c.error is not None and abs(c.error) < 0.01, (c.run.id, c.error)
+
+
+def test_single_gpu_runs_agree_to_the_workspace(comparisons: list[Comparison]) -> None:
+    """Mistral and Llama on one GPU with 16-bit base weights: what is left is below 3 MiB."""
+    chosen = [
+        c
+        for c in comparisons
+        if c.run.source == "fms-acceleration"
+        and c.run.model in ("mistral-7b", "llama-3-8b")  # type: ignore[union-attr]
+        and "parallelism" not in c.run.plan  # type: ignore[union-attr]
+        and c.run.plan.get("method", {"name": "full"})["name"] != "qlora"  # type: ignore[union-attr]
+    ]
+    assert len(chosen) > 20
+    for c in chosen:
+        assert c.predicted_bytes is not None
+        assert abs(c.predicted_bytes - c.measured_bytes) < 3 * 2**20, (c.run.id, c.predicted_bytes - c.measured_bytes)

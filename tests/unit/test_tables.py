@@ -1,0 +1,52 @@
+"""Tables hold the answer's own bytes; the text for people adds nothing but units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("pandas")
+
+import planner
+from planner import tables
+from planner.units import format_bytes
+
+
+@pytest.fixture(scope="module")
+def answer() -> dict[str, Any]:
+    return planner.estimate(
+        {"model": "gpt2", "hardware": {"gpu": "rtx-4090"}, "data": {"sequence_length": 256}}
+    ).to_dict()
+
+
+def test_parts_add_up_to_what_the_device_shows(answer: dict[str, Any]) -> None:
+    frame = tables.breakdown_frame(answer)
+    assert frame["bytes"].sum() == answer["memory"]["device_used"]
+    assert frame["share_of_capacity"].sum() * answer["memory"]["capacity"] == pytest.approx(frame["bytes"].sum())
+    assert (frame["bytes"] > 0).all()
+
+
+def test_sums_stand_below_their_parts(answer: dict[str, Any]) -> None:
+    text = tables.breakdown_text(answer)
+    parts = list(text["part"])
+    assert parts.index("= peak_allocated") < parts.index("allocator slack") < parts.index("= peak_reserved")
+    assert parts[-1] == "= device_used"
+    held = answer["memory"]
+    for name in ("peak_allocated", "peak_reserved", "device_used"):
+        assert text.set_index("part").loc[f"= {name}", "size"] == format_bytes(held[name])
+
+
+def test_gb_is_printed_where_it_is_asked_for(answer: dict[str, Any]) -> None:
+    sizes = tables.breakdown_text(answer, "GB")["size"]
+    assert not sizes.str.contains("iB").any()
+
+
+def test_moments_have_their_sums(answer: dict[str, Any]) -> None:
+    frame = tables.moments_frame(answer)
+    assert dict(frame["total"]) == answer["memory"]["moments"]
+
+
+def test_states_have_their_sums() -> None:
+    frame = tables.states_frame({"whole": {"weights": 2, "gradients": 3}})
+    assert frame.loc["whole", "total"] == 5
