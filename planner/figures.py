@@ -42,8 +42,8 @@ PALETTE: Mapping[str, Paint] = {
     "master_weights": Paint(colour=_BLUE, pattern="/"),
     "gradients": Paint(colour=_SKY),
     "optimizer_states": Paint(colour=_GREEN),
-    "kv_cache": Paint(colour=_SKY, pattern="/"),
-    "inputs": Paint(colour=_YELLOW),
+    "kv_cache": Paint(colour=_YELLOW),
+    "inputs": Paint(colour=_YELLOW, pattern="."),
     "activations": Paint(colour=_ORANGE),
     "logits_and_loss": Paint(colour=_VERMILION),
     "temporaries": Paint(colour=_YELLOW, pattern="\\"),
@@ -58,7 +58,7 @@ PALETTE: Mapping[str, Paint] = {
 }
 _OTHER = Paint(colour=_GREY, pattern=".")
 _FONT = "Source Sans, Source Sans Pro, Helvetica, Arial, sans-serif"
-_LINE = "#808080"  # a contrast of 3.9 on white and 4.6 on the dark theme's ground
+_LINE = "#B0003A"  # on a white line, so that it is seen over every fill and on both themes
 _LEGEND_HEIGHT = 90  # the axis' labels, and a legend that takes three rows on a phone
 _VISIBLE_SHARE = 0.002  # less than a pixel or two of the bar's width: left to the table
 
@@ -87,38 +87,21 @@ def memory_bar(answer: Answer, unit: Unit = "GiB", *, title: str = "") -> Figure
 
 
 def moments(answer: Answer, unit: Unit = "GiB", *, title: str = "") -> Figure:
-    """One small stacked bar for each moment of a training step, first moment on top; the highest is named the peak."""
+    """One small stacked bar for each moment of a training step, first moment on top; the highest says so."""
     memory = answer["memory"]
-    names = list(memory["breakdowns"])
-    labels = [_words(name) for name in names]
-    labels[names.index(memory["peak_moment"])] = f"<b>{_words(memory['peak_moment'])}: the peak</b>"
-    levels = [memory["moments"][name] for name in names]
-    parts = list(dict.fromkeys(part for name in names for part, size in memory["breakdowns"][name].items() if size))
-    scale = max(*levels, memory["capacity"])
-    figure = _figure(height=34 * len(names) + 30 + _LEGEND_HEIGHT, title=title)
-    for part in parts:
-        sizes = [memory["breakdowns"][name].get(part, 0) for name in names]
-        figure.add_bar(**_bar(part, sizes, labels, unit), showlegend=max(sizes) / scale >= _VISIBLE_SHARE)
-    _totals(figure, levels, labels, unit)
+    rows = {
+        _row(_words(name), memory["moments"][name], unit, highest=name == memory["peak_moment"]): parts
+        for name, parts in memory["breakdowns"].items()
+    }
+    figure = _stacks(rows, unit, title, at_least=memory["capacity"])
     _capacity_line(figure, memory["capacity"], unit, label=False)
-    _size_axis(figure, scale * 1.06, unit)
-    figure.update_layout(**_ROWS)
     return figure
 
 
 def zero_states(stages: Mapping[str, Mapping[str, int]], unit: Unit = "GB", *, title: str = "") -> Figure:
     """Training states of one rank, a stacked bar for each way of sharding: {label: {category: bytes}}."""
-    labels = list(stages)
-    parts = list(dict.fromkeys(part for states in stages.values() for part, size in states.items() if size))
-    figure = _figure(height=46 * len(labels) + 50 + _LEGEND_HEIGHT, title=title)
-    for part in parts:
-        sizes = [states.get(part, 0) for states in stages.values()]
-        figure.add_bar(**_bar(part, sizes, labels, unit))
-    totals = [sum(states.values()) for states in stages.values()]
-    _totals(figure, totals, labels, unit)
-    _size_axis(figure, max(totals) * 1.12, unit)
-    figure.update_layout(**_ROWS)
-    return figure
+    rows = {_row(label, sum(states.values()), unit): states for label, states in stages.items()}
+    return _stacks(rows, unit, title)
 
 
 def describe(answer: Answer, unit: Unit = "GiB") -> str:
@@ -138,12 +121,6 @@ _INSIDE: Mapping[str, Any] = {
     "insidetextanchor": "middle",
     "textangle": 0,
     "constraintext": "inside",
-}
-
-_ROWS: Mapping[str, Any] = {
-    "margin": {"b": _LEGEND_HEIGHT},
-    "yaxis": {"autorange": "reversed", "ticklabelstandoff": 6, "automargin": True},
-    "bargap": 0.35,
 }
 
 
@@ -173,18 +150,26 @@ def _bar(name: str, sizes: Sequence[int], labels: Sequence[str], unit: Unit) -> 
     }
 
 
-def _totals(figure: Figure, sizes: Sequence[int], labels: Sequence[str], unit: Unit) -> None:
-    """Each row's sum, written at its end."""
-    figure.add_scatter(
-        x=list(sizes),
-        y=list(labels),
-        mode="text",
-        text=[f" {format_bytes(size, unit)}" for size in sizes],
-        textposition="middle right",
-        hoverinfo="skip",
-        showlegend=False,
-        cliponaxis=False,
+def _row(name: str, size: int, unit: Unit, *, highest: bool = False) -> str:
+    """The label of a row: its name, and under it its size, which no narrow screen can cut off there."""
+    text = format_bytes(size, unit)
+    return f"<b>{name}<br>highest: {text}</b>" if highest else f"{name}<br>{text}"
+
+
+def _stacks(rows: Mapping[str, Mapping[str, int]], unit: Unit, title: str, *, at_least: int = 0) -> Figure:
+    """Stacked bars, a row each, {label: {category: bytes}}, on an axis that reaches `at_least` so far."""
+    scale = max(at_least, *(sum(parts.values()) for parts in rows.values()))
+    figure = _figure(height=44 * len(rows) + 24 + _LEGEND_HEIGHT, title=title)
+    for name in dict.fromkeys(name for parts in rows.values() for name, size in parts.items() if size):
+        sizes = [parts.get(name, 0) for parts in rows.values()]
+        figure.add_bar(**_bar(name, sizes, list(rows), unit), showlegend=max(sizes) / scale >= _VISIBLE_SHARE)
+    _size_axis(figure, scale * 1.06, unit)
+    figure.update_layout(
+        margin={"b": _LEGEND_HEIGHT},
+        yaxis={"autorange": "reversed", "ticklabelstandoff": 6, "automargin": True},
+        bargap=0.35,
     )
+    return figure
 
 
 def _figure(*, height: int, title: str) -> Figure:
@@ -240,7 +225,8 @@ _ROUND = [base * 10.0**power for power in range(-3, 9) for base in (1, 2, 5)]
 
 
 def _capacity_line(figure: Figure, capacity: int, unit: Unit, *, label: bool = True) -> None:
-    figure.add_vline(x=capacity, line={"color": _LINE, "width": 2, "dash": "dash"})
+    figure.add_vline(x=capacity, line={"color": "rgba(255,255,255,0.85)", "width": 6})
+    figure.add_vline(x=capacity, line={"color": _LINE, "width": 2.5, "dash": "dash"})
     if label:
         figure.add_annotation(
             x=capacity,

@@ -68,14 +68,15 @@ def breakdown_text(answer: Answer, unit: Unit = "GiB") -> DataFrame:
     from pandas import DataFrame
 
     memory = answer["memory"]
-    sums_after = {"allocator_slack": "peak_reserved"}
-    rows: list[tuple[str, int]] = []
-    for name, size in breakdown_frame(answer)["bytes"].items():
-        if name in sums_after and memory.get("peak_allocated") is not None:
-            rows.append(("= peak_allocated", memory["peak_allocated"]))
-        rows.append((_words(str(name)), size))
-        if name in sums_after and memory.get("peak_reserved") is not None:
-            rows.append(("= peak_reserved", memory["peak_reserved"]))
+    parts = device_parts(memory)
+    outside = {name: parts.pop(name) for name in list(parts) if name in (memory.get("device_terms") or {})}
+    rows = [(_words(name), size) for name, size in parts.items()]
+    if "peak_allocated" in memory:
+        slack = {name: outside.pop(name) for name in list(outside) if name == "allocator_slack"}
+        rows.append(("= peak_allocated", memory["peak_allocated"]))
+        rows += [(_words(name), size) for name, size in slack.items()]
+        rows.append(("= peak_reserved", memory["peak_reserved"]))
+    rows += [(_words(name), size) for name, size in outside.items()]
     rows.append(("= device_used", memory["device_used"]))
     return DataFrame(
         {

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from planner.memory.device import DeviceTerm
-from planner.memory.serving import ServingMemory
 from planner.units import format_bytes
+
+if TYPE_CHECKING:
+    from planner.memory.serving import ServingMemory
 
 __all__ = ["KNOWN_ERROR", "Verdict", "serving_verdict", "verdict_of"]
 

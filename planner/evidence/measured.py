@@ -15,7 +15,13 @@ from statistics import median
 from typing import Any
 
 from planner.errors import PlannerError
+from planner.hardware import software_device
 from planner.ledger.loss_kernels import cross_entropy_peak, loss_head_peak
+from planner.memory.training import TrainingMemory, training_memory
+from planner.plan import TrainingPlan
+from planner.readers.hardware_profiles import load_hardware
+from planner.readers.models import load_model
+from planner.readers.plan_document import plan_from_mapping
 from planner.sources import Source
 
 __all__ = [
@@ -151,17 +157,21 @@ def kernel_runs() -> tuple[KernelRun, ...]:
 
 def compare(runs: Iterable[MeasuredRun]) -> list[Comparison]:
     """The planner's peak for each run's plan. Refusals become comparisons without a prediction."""
-    from planner.api import estimate
-
     results = []
     for run in runs:
         try:
-            memory = estimate(run.plan).memory
+            memory = _memory(run.plan)
         except PlannerError as refusal:
             results.append(Comparison(run=run, predicted_bytes=None, refusal=str(refusal)))
         else:
             results.append(Comparison(run=run, predicted_bytes=memory.peak_allocated, moment=memory.peak_moment))
     return results
+
+
+def _memory(document: Mapping[str, Any]) -> TrainingMemory:
+    plan = plan_from_mapping(document)
+    assert isinstance(plan, TrainingPlan), "measured runs are training runs"
+    return training_memory(plan, load_model(plan.model), software_device(load_hardware(plan.hardware.gpu)))
 
 
 def compare_kernels(runs: Iterable[KernelRun]) -> list[Comparison]:

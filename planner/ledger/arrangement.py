@@ -99,9 +99,7 @@ def _litgpt_block(block: Block) -> Block:
     mixer = replace(mixer, names=_PROJECTIONS, out_name="self_attn.o_proj", dropout=0.0, window=None)
     names = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj") if ffn.gated else ("mlp.up_proj", "mlp.down_proj")
     activation = "gelu" if ffn.activation.startswith("gelu") else ffn.activation  # F.gelu(x, approximate=...)
-    return replace(
-        block, mixer=mixer, ffn=replace(ffn, names=names, activation=activation, dropout=0.0), dropout=0.0
-    )
+    return replace(block, mixer=mixer, ffn=replace(ffn, names=names, activation=activation, dropout=0.0), dropout=0.0)
 
 
 def _expert_modules(block: Block) -> Block:

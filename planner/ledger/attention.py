@@ -354,7 +354,7 @@ def _flash(t: Operations, spec: Attention, query: Tensor, key: Tensor, value: Te
     dense = _concatenates(t, spec)
     rounded = t.dim("D'", (spec.head_dim + step - 1) // step * step)
     scratch = [((batch, heads, padded, rounded), "fp32"), ((batch, heads, padded), "fp32")]
-    if key.dims[1] != heads:
+    if key.dims[1] != heads and spec.kv_heads != spec.heads:
         scratch += [((batch, heads, keys, size), key.dtype), ((batch, heads, keys, value.dims[3]), value.dtype)]
     if dense:
         scratch.append((wide, query.dtype))  # the output laid out anew

@@ -71,9 +71,7 @@ def fused_linear_cross_entropy(t: Operations, x: Tensor, weight: Parameter, *, o
             wide = t.allocate("product in fp32", weight.dims, "fp32")
             del product, wide
     del logits, scaled, losses
-    return t.apply(
-        "fused linear cross entropy", [x, weight], [((), "fp32")], gradients_in=[grad_input, grad_weight]
-    )[0]
+    return t.apply("fused linear cross entropy", [x, weight], [((), "fp32")], gradients_in=[grad_input, grad_weight])[0]
 
 
 def cut_cross_entropy(t: Operations, x: Tensor, weight: Parameter) -> Tensor:

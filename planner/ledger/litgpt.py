@@ -50,7 +50,7 @@ def _attend(t: Operations, spec: Attention, x: Tensor) -> Tensor:
     query = t.view(query, (batch, heads, sequence, size))
     key = t.view(key, (batch, groups, sequence, size))
     value = t.view(value, (batch, groups, sequence, size))
-    if spec.kv_heads != spec.heads:  # heads of a group lie side by side in the projection: q is copied out of it as well
+    if spec.kv_heads != spec.heads:  # a group's heads lie side by side: q is copied as well
         query = t.copy(query)
         key, value = (t.copy(tensor, (batch, heads, sequence, size), "repeat_kv") for tensor in (key, value))
     query_roped = _rotate(t, spec, query)
@@ -140,7 +140,9 @@ def _convolutions(t: Operations, spec: Attention, widths: list[int], after: Tens
     dims = (*after.dims[:-1], total)
     if spec.heads == spec.kv_heads:
         up = t.weight("self_attn.qkv.lora_B", (total, t.dim("r", t.method.rank)), dtype=after.dtype, trainable=True)
-        return t.apply("conv1d", [after, up], [(dims, after.dtype)], saves=[after], scratch=[(after.dims, after.dtype)])[0]
+        return t.apply(
+            "conv1d", [after, up], [(dims, after.dtype)], saves=[after], scratch=[(after.dims, after.dtype)]
+        )[0]
     parts = []
     for index, (width, part) in enumerate(
         zip(widths, t.split(after, [(*after.dims[:-1], t.dim("r", t.method.rank))] * len(widths)), strict=True)

@@ -65,7 +65,7 @@ def logits_of(t: Operations, head: Head, x: Tensor) -> Tensor:
 def loss_of(t: Operations, head: Head, x: Tensor, variant: str = "default") -> Tensor:
     """Cross-entropy of next-token prediction. variant: `default` is the profile's own way for the model's family;
     `fused` is the same with a fused cross-entropy kernel in it; liger, cce and chunked never hold all logits."""
-    if variant == "liger":
+    if variant == "liger" or (variant == "default" and t.profile.kernels == "liger"):  # monkey_patch.py's default
         return _liger(t, head, x)
     if variant == "cce":
         return _cut(t, head, x)
@@ -162,7 +162,8 @@ def _torchtune_chunks(t: Operations, head: Head, x: Tensor, loss: CrossEntropy) 
 
     torchtune/modules/transformer.py chunked_output; modules/loss/ce_chunked_output_loss.py.
     """
-    chunks = [logits_of(t, head, part) for part in _chunks(t, x, -(-t.sizes["S"] // TORCHTUNE_CHUNKS), TORCHTUNE_CHUNKS)]
+    size = -(-t.sizes["S"] // TORCHTUNE_CHUNKS)
+    chunks = [logits_of(t, head, part) for part in _chunks(t, x, size, TORCHTUNE_CHUNKS)]
     labels = t.constant("labels", ("B", "S"), "int64")
     total = None
     for chunk in chunks:

@@ -35,7 +35,14 @@ _VARIANTS: dict[str, tuple[str, bool, str, str]] = {
 
 
 def loss_head_peak(
-    tokens: int, hidden: int, vocabulary: int, variant: str, dtype: str = "bf16", phase: Phase = "both", *, softcap: bool = False
+    tokens: int,
+    hidden: int,
+    vocabulary: int,
+    variant: str,
+    dtype: str = "bf16",
+    phase: Phase = "both",
+    *,
+    softcap: bool = False,
 ) -> int:
     """Bytes above its inputs (hidden states, weight, labels) at the highest point of projection and loss.
 

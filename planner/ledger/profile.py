@@ -27,7 +27,6 @@ class Profile:
     full_loss: the loss when all weights train, where that is another one.
     fused_loss: whether that ends in a fused cross-entropy kernel.
     fused_linear_loss: which of Liger's fused projections and losses `loss: liger` runs, by its version.
-    holds_logits: the training loop's own variable keeps the logits until the next forward pass has ended.
     expert_modules: each routed expert is a module with linears of its own.
     reentrant: which form of torch's checkpoint recomputes a block.
     packs_from: the format that weights are in when they are packed to 4 bits; None means their own.
@@ -49,10 +48,8 @@ class Profile:
     full_loss: str | None = None
     fused_loss: bool = False
     fused_linear_loss: str = "liger-0.6"
-    holds_logits: bool = False
     expert_modules: bool = False
     reentrant: bool = False
-    native_rope_fp32: bool = False
     packed_saves_input: bool = False
     adapters_follow_weights: bool = False
     packs_from: str | None = None
@@ -121,7 +118,7 @@ _PROFILES: dict[str, tuple[Profile, ...]] = {
             full_loss="litgpt_flat",
             reentrant=False,
             adapters_follow_weights=True,
-            source="litgpt 5895df10 (2024-04): model.py, lora.py, utils.py, finetune/lora.py; Lightning Fabric's wrappers.py, bitsandbytes.py",
+            source="litgpt 5895df10 (2024-04): model.py, lora.py, utils.py; Lightning 2.3: fabric/wrappers.py, bitsandbytes.py",
         ),
     ),
     "torchtune": (
@@ -139,7 +136,7 @@ _PROFILES: dict[str, tuple[Profile, ...]] = {
 _KERNELS: dict[str, dict[str, bool]] = {
     # Liger-Kernel 0.4 transformers/monkey_patch.py: rope, rms_norm, swiglu; ops/rms_norm.py (in_place), ops/swiglu.py
     "liger": {"fused_norm": True, "fused_rope": True, "fused_glu": True, "in_place_gradients": True},
-    # fms-acceleration fused-ops-and-kernels, models/llama.py: fast RMSNorm, RoPE and loss; no fused MLP outside 4-bit LoRA
+    # fms-acceleration fused-ops-and-kernels, models/llama.py: RMSNorm, RoPE, loss; fused MLPs only with 4-bit LoRA
     "foak": {"fused_norm": True, "fused_rope": True, "in_place_gradients": True, "fused_loss": True},
 }
 

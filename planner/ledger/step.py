@@ -126,6 +126,9 @@ def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
     if shape.embedding is not None:
         t.embedding_name = f"{shape.embedding.name}.weight"
     encoder = encoder_of(shape)
+    beside = next((tower for tower in shape.towers if tower is not encoder), None)
+    if beside is not None:
+        raise NotCovered(f"activations of the {beside.role} tower {beside.name} are not in the ledger.")
     if encoder is not None:
         if setting.gathering is not None or setting.recompute.mode not in ("none", "full"):
             raise NotCovered("encoder-decoder models are in the ledger without sharding, recomputed fully or not at all.")

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from planner.errors import NotCovered, PlanError, nearest
@@ -67,11 +68,21 @@ def one_rank_of(ranks: int) -> Iterator[DeviceMesh]:
 
     if dist.is_initialized():
         raise PlanError("a sharded dry run needs a process without a process group of its own.")
+    data_ptr = FakeTensor.data_ptr
+    # FSDP1 compares addresses to see whether a vector is whole (_runtime_utils.py, _catch_all_reshard); fake ones are 0.
+    FakeTensor.data_ptr = _address  # pyright: ignore[reportAttributeAccessIssue]
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         yield dist.device_mesh.init_device_mesh("cpu", (ranks,))
     finally:
+        FakeTensor.data_ptr = data_ptr
         dist.destroy_process_group()
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """A number that two tensors share if they begin at the same place of the same storage."""
+    with torch._C.DisableTorchFunction():
+        return torch.Tensor.untyped_storage(tensor)._cdata + tensor.storage_offset() * tensor.element_size()
 
 
 def shard(model: torch.nn.Module, sharding: Sharding, mesh: DeviceMesh) -> torch.nn.Module:

@@ -43,17 +43,18 @@ def page(
         refused = str(error)
     last = state.kept(name)
     with verdict_place:
-        for sentence in asked.ignored(values):
-            st.info(panels.plain(sentence), icon=":material/link_off:")
         if refused is not None:
             panels.refusal(refused, last[1] if last else None)
+        verdict_box = st.container(key="last_verdict" if refused else "verdict")
+        for sentence in asked.ignored(values):
+            st.info(panels.plain(sentence), icon=":material/link_off:")
     if last is None:
         return
     estimate, _ = last
     answer = estimate.to_dict()
-    with verdict_place:
+    with verdict_box:
         panels.verdict(answer, unit)
-    with result_place:
+    with result_place, st.container(key="last_results" if refused else "results"):
         draw(answer, unit)
         panels.downloads(estimate.plan, answer)
         panels.links(state.permalink(values), answer["next_commands"])

@@ -1,4 +1,4 @@
-"""The ledger against the dry run: routed experts, latent attention, state spaces, encoder-decoder models.
+"""The ledger against the dry run: routed experts, latent attention, linear attention, encoder-decoder models.
 
 The dry run replays the modules of the installed transformers on fake tensors and reports what is allocated when; the
 ledger answers from the model's shape alone. Each case compares the highest level of the forward pass, the level at its
@@ -276,3 +276,18 @@ def test_unknown_router_is_refused() -> None:
     }
     with pytest.raises(NotCovered):
         ledger_levels(config, 2, 512, dtype="bf16", lora=(), recompute=False, attention="sdpa")
+
+
+def test_vision_tower_is_refused() -> None:
+    """A model with a further tower has no silent answer for its text part alone."""
+    text = {"model_type": "llama", "hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 2}
+    with pytest.raises(NotCovered):
+        ledger_levels(
+            {"model_type": "llava", "text_config": text},
+            1,
+            512,
+            dtype="bf16",
+            lora=(),
+            recompute=False,
+            attention="sdpa",
+        )

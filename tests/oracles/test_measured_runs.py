@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from planner.evidence import Comparison, compare, measured_runs, summaries
+from planner.evidence import Comparison, MeasuredRun, compare, measured_runs, summaries
 
 # Largest median and 90th percentile of the absolute error that each source may have, and its number of runs.
 USED_WHILE_DEVELOPING = {
@@ -21,9 +21,11 @@ USED_WHILE_DEVELOPING = {
 HELD_OUT = {"fms-acceleration": (0.005, 0.13, 106), "litgpt config_hub": (0.01, 0.03, 3)}
 
 # Beyond 3 %, and why.
-SANTACODER = "one copy of the logits more is alive in backward than gpt_bigcode's module explains; its packed length is not stated"
+SANTACODER = "one copy of the logits more is alive in backward than gpt_bigcode's module explains"
 FAST_LORA = "gpt_bigcode's own fast kernels (fused LoRA, a loss on 16-bit logits) are not modelled"
-LENGTHS = "unequal lengths: no batch is known to have had all its samples at the cap of 512 tokens when gradients existed"
+LENGTHS = (
+    "unequal lengths: no batch is known to have had all its samples at the cap of 512 tokens when gradients existed"
+)
 MISSES = {
     "fms-003": SANTACODER,
     "fms-base-5": SANTACODER,
@@ -47,13 +49,20 @@ def comparisons() -> list[Comparison]:
     return compare(measured_runs())
 
 
+def run_of(comparison: Comparison) -> MeasuredRun:
+    assert isinstance(comparison.run, MeasuredRun)
+    return comparison.run
+
+
 def test_every_run_is_answered(comparisons: list[Comparison]) -> None:
     assert {c.run.id: c.refusal for c in comparisons if c.error is None} == {}
 
 
 @pytest.mark.parametrize(("held_out", "levels"), [(False, USED_WHILE_DEVELOPING), (True, HELD_OUT)])
-def test_error_of_each_source(comparisons: list[Comparison], held_out: bool, levels: dict[str, tuple[float, float, int]]) -> None:
-    reached = {s.source: s for s in summaries([c for c in comparisons if c.run.held_out == held_out])}  # type: ignore[union-attr]
+def test_error_of_each_source(
+    comparisons: list[Comparison], held_out: bool, levels: dict[str, tuple[float, float, int]]
+) -> None:
+    reached = {s.source: s for s in summaries([c for c in comparisons if run_of(c).held_out == held_out])}
     assert set(reached) == set(levels)
     for source, (median, p90, runs) in levels.items():
         summary = reached[source]
@@ -70,7 +79,7 @@ def test_misses_are_the_listed_ones(comparisons: list[Comparison]) -> None:
 def test_unfused_runs_of_whole_precision_are_within_one_percent(comparisons: list[Comparison]) -> None:
     """Full fine-tuning and LoRA with the library's own modules: nothing in them is unknown but santacoder's data."""
     for c in comparisons:
-        plain = c.run.source == "fms-acceleration" and c.run.note == "none" and c.run.id not in MISSES  # type: ignore[union-attr]
+        plain = c.run.source == "fms-acceleration" and run_of(c).note == "none" and c.run.id not in MISSES
         if plain and c.run.id != "fms-base-3":  # santacoder again, whose optimizer step hides the rest of it
             assert c.error is not None and abs(c.error) < 0.01, (c.run.id, c.error)
 
@@ -81,9 +90,9 @@ def test_single_gpu_runs_agree_to_the_workspace(comparisons: list[Comparison]) -
         c
         for c in comparisons
         if c.run.source == "fms-acceleration"
-        and c.run.model in ("mistral-7b", "llama-3-8b")  # type: ignore[union-attr]
-        and "parallelism" not in c.run.plan  # type: ignore[union-attr]
-        and c.run.plan.get("method", {"name": "full"})["name"] != "qlora"  # type: ignore[union-attr]
+        and run_of(c).model in ("mistral-7b", "llama-3-8b")
+        and "parallelism" not in run_of(c).plan
+        and run_of(c).plan.get("method", {"name": "full"})["name"] != "qlora"
     ]
     assert len(chosen) > 20
     for c in chosen:

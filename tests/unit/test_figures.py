@@ -41,7 +41,9 @@ def test_each_moment_s_row_adds_up_to_its_level(answer: dict[str, Any]) -> None:
     figure = figures.moments(answer)
     for index, level in enumerate(answer["memory"]["moments"].values()):
         assert sum(bar.x[index] for bar in bars(figure)) == level
-    assert [label for label in figure.data[-1].y if "the peak" in label] == ["<b>backward peak: the peak</b>"]
+        assert figure.data[0].y[index].removesuffix("</b>").endswith(format_bytes(level))
+    highest = [label for label in figure.data[0].y if "highest" in label]
+    assert highest == [f"<b>backward peak<br>highest: {format_bytes(answer['memory']['peak_allocated'])}</b>"]
 
 
 @pytest.mark.parametrize("unit", ["GiB", "GB"])
@@ -79,4 +81,4 @@ def test_the_description_holds_every_part(answer: dict[str, Any]) -> None:
 def test_zero_states_draws_a_row_for_each_way_of_sharding() -> None:
     figure = figures.zero_states({"whole": {"weights": 8, "gradients": 8}, "cut": {"weights": 2, "gradients": 8}}, "GB")
     assert [sum(bar.x[row] for bar in bars(figure)) for row in (0, 1)] == [16, 10]
-    assert list(figure.data[-1].text) == [" 16 B", " 10 B"]
+    assert list(figure.data[0].y) == ["whole<br>16 B", "cut<br>10 B"]

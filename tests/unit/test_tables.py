@@ -37,6 +37,18 @@ def test_sums_stand_below_their_parts(answer: dict[str, Any]) -> None:
         assert text.set_index("part").loc[f"= {name}", "size"] == format_bytes(held[name])
 
 
+def test_sums_stand_there_when_the_capacity_leaves_no_slack() -> None:
+    full = planner.estimate({"model": "Llama-3.1-8B", "hardware": {"gpu": "rtx-4090"}}).to_dict()
+    text = tables.breakdown_text(full)
+    assert "allocator slack" not in list(text["part"])
+    assert [part for part in text["part"] if part.startswith("=")] == [
+        "= peak_allocated",
+        "= peak_reserved",
+        "= device_used",
+    ]
+    assert tables.breakdown_frame(full)["bytes"].sum() == full["memory"]["device_used"]
+
+
 def test_gb_is_printed_where_it_is_asked_for(answer: dict[str, Any]) -> None:
     sizes = tables.breakdown_text(answer, "GB")["size"]
     assert not sizes.str.contains("iB").any()
