@@ -80,7 +80,16 @@ def memory_bar(answer: Answer, unit: Unit = "GiB", *, title: str = "") -> Figure
             text=[f"{_words(name)}<br>{format_bytes(size, unit)}"],
             showlegend=size / scale >= _VISIBLE_SHARE,
         )
-    _capacity_line(figure, capacity, unit)
+    _capacity_line(figure, capacity)
+    figure.add_annotation(
+        x=capacity,
+        y=1,
+        yref="paper",
+        yanchor="bottom",
+        xanchor="right" if capacity > scale / 2 else "left",
+        text=f"capacity {format_bytes(capacity, unit)}",
+        showarrow=False,
+    )
     _size_axis(figure, scale * 1.06, unit)
     figure.update_layout(margin={"t": 58 if title else 28, "b": _LEGEND_HEIGHT}, yaxis={"visible": False}, bargap=0.1)
     return figure
@@ -94,7 +103,7 @@ def moments(answer: Answer, unit: Unit = "GiB", *, title: str = "") -> Figure:
         for name, parts in memory["breakdowns"].items()
     }
     figure = _stacks(rows, unit, title, at_least=memory["capacity"])
-    _capacity_line(figure, memory["capacity"], unit, label=False)
+    _capacity_line(figure, memory["capacity"])
     return figure
 
 
@@ -188,6 +197,7 @@ def _figure(*, height: int, title: str) -> Figure:
             "legend": {
                 "orientation": "h",
                 "traceorder": "normal",
+                "xref": "container",
                 "yref": "container",
                 "y": 0,
                 "yanchor": "bottom",
@@ -224,16 +234,6 @@ def _size_axis(figure: Figure, largest: float, unit: Unit) -> None:
 _ROUND = [base * 10.0**power for power in range(-3, 9) for base in (1, 2, 5)]
 
 
-def _capacity_line(figure: Figure, capacity: int, unit: Unit, *, label: bool = True) -> None:
-    figure.add_vline(x=capacity, line={"color": "rgba(255,255,255,0.85)", "width": 6})
-    figure.add_vline(x=capacity, line={"color": _LINE, "width": 2.5, "dash": "dash"})
-    if label:
-        figure.add_annotation(
-            x=capacity,
-            y=1,
-            yref="paper",
-            yanchor="bottom",
-            xanchor="right",
-            text=f"capacity {format_bytes(capacity, unit)}",
-            showarrow=False,
-        )
+def _capacity_line(figure: Figure, capacity: int) -> None:
+    figure.add_vline(x=capacity, line={"color": "rgba(255,255,255,0.85)", "width": 4})
+    figure.add_vline(x=capacity, line={"color": _LINE, "width": 2, "dash": "dash"})

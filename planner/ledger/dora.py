@@ -13,7 +13,7 @@ Letters: r rank.
 from __future__ import annotations
 
 from planner.ledger.operations import Operations
-from planner.ledger.tape import Parameter, Storage, Tensor
+from planner.ledger.tape import Dims, Parameter, Storage, Tensor
 from planner.plan import Method
 
 __all__ = ["adapt_with_magnitude"]
@@ -36,8 +36,7 @@ def adapt_with_magnitude(
     low_rank = t.product(t.product(x, first, (*x.dims[:-1], first.dims[0])), second, dims)
     offset = t.known_weight(f"{name}.bias")
     if method.dropout:
-        kept = weight if x.requires_grad and isinstance(weight, Tensor) else None
-        base = t.apply("linear", [x, weight], [(dims, x.dtype)], saves=[kept], viewed=True)[0]
+        base = _product_with(t, x, weight, dims)
     elif offset is not None:
         base = t.apply("sub", [result, offset], [(dims, result.dtype)], alias=[True, False])[0]
     else:
@@ -55,10 +54,11 @@ def _delta(t: Operations, first: Parameter, second: Parameter) -> tuple[Tensor, 
     enabled, t.enabled = t.enabled, False
     inner, rank, out = first.dims[1], first.dims[0], second.dims[0]
     identity = t.constant("eye", (inner, inner), first.dtype)
+    identity = t.to(identity, t.compute or first.dtype)
     middle = t.product(identity, first, (inner, rank))
     graph = [identity.storage, middle.storage] if enabled else []
     del identity
-    delta = t.product(middle, second, (inner, out))
+    delta = t.to(t.product(middle, second, (inner, out)), first.dtype)
     t.enabled = enabled
     return delta, graph
 
@@ -71,6 +71,15 @@ def _base_weight(t: Operations, name: str, x: Tensor) -> Tensor | Parameter:
         unpacked = t.constant("dequantize 4-bit", weight.dims, t.unpacked)
         return t.to(unpacked, x.dtype)
     return weight if weight.dtype == x.dtype else t.constant("to", weight.dims, x.dtype)
+
+
+def _product_with(t: Operations, x: Tensor, weight: Tensor | Parameter, dims: Dims) -> Tensor:
+    """x @ weight.T of a frozen weight: a copy of it is kept for the gradient of x."""
+    if isinstance(weight, Parameter):
+        return t.product(x, weight, dims)
+    if t.compute is not None:
+        x, weight = t.to(x, t.compute), t.to(weight, t.compute)
+    return t.apply("linear", [x, weight], [(dims, x.dtype)], saves=[weight if x.requires_grad else None], viewed=True)[0]
 
 
 def _norm(t: Operations, weight: Tensor | Parameter, delta: Tensor) -> Tensor:

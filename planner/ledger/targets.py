@@ -97,8 +97,6 @@ def check_method(shape: ModelShape, method: Method, profile: Profile, *, sharded
         raise NotCovered(f"method prefix is not covered {what}.")
     if name == "adapter" and family == "falcon":
         raise NotCovered("method adapter is not covered for falcon models, whose branches are added to each other first.")
-    if name in ("lora", "qlora") and method.dora and autocast:
-        raise NotCovered("DoRA under autocast is not in the ledger.")
     if method.train_embeddings and name == "qlora" and method.quantizes_head:
         raise NotCovered("a 4-bit output projection cannot train; leave out quantizes_head or train_embeddings.")
     if name == "frozen" and method.trainable_layers > len(shape.blocks):

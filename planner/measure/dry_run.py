@@ -20,6 +20,7 @@ two cuBLAS workspaces. Kernels' scratch is counted where `planner.measure.cuda_s
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from planner.errors import PlanError, nearest
+from planner.errors import NotCovered, PlanError, nearest
 from planner.measure.cuda_autocast import CudaAutocast
 from planner.measure.cuda_semantics import KERNEL_SCRATCH, CudaSemantics
 from planner.measure.live_memory import ALLOCATION_GRANULARITY_BYTES, Allocation, LiveMemory, LiveTensor, Peak
@@ -37,7 +38,7 @@ from planner.measure.sharded import CALLER_ROLES, Sharding, one_rank_of, shard
 from planner.measure.stepping import STEPPERS, stepper_for
 from planner.measure.transformers_edge import build_causal_lm, with_adapters, without_gpu_checks
 
-__all__ = ["DryRun", "Saved", "materialise", "replay", "replay_config", "replay_training_step"]
+__all__ = ["DryRun", "Saved", "materialise", "replay", "replay_config", "replay_training_step", "trace"]
 
 MOMENTS = ("forward_end", "forward_peak", "backward_peak", "optimizer_peak", "steady")
 
@@ -151,7 +152,7 @@ def replay(
         memory.adopt(model.buffers(), role="weights")
         if workspace_bytes:
             workspace = torch.empty(workspace_bytes, dtype=torch.uint8)
-            memory.adopt([workspace], role="workspace", operator="cuBLAS workspace")
+            memory.adopt([workspace], role="library_workspaces", operator="cuBLAS workspace")
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(lambda p: memory.adopt([p.grad], role="gradients"))
@@ -382,3 +383,52 @@ def replay_config(
     return replay_training_step(
         lambda: build_causal_lm(config, layers=layers), attention=attention, dtype=dtype, **step
     )
+
+
+def trace(
+    model_or_plan: Any, *, model: torch.nn.Module | None = None, **options: Any
+) -> DryRun:
+    """Replay a training step of a plan, of a module, or as a function of yours says.
+
+    model_or_plan
+        a TrainingPlan or its document    the plan's real modules, optimizer and sharding. options: any of
+                                          `replay_config`, instead of the plan's own
+        a torch.nn.Module                 the reference step on a copy of it. options: those of `replay_training_step`,
+                                          of which micro_batch_size and sequence_length are needed
+        a function of (model, mark)       one step, or several, on a copy of `model`. It calls mark("forward"),
+                                          mark("backward"), mark("optimizer") and mark("steady") as it goes; tensors
+                                          that it makes are fake. options: those of `replay`
+
+    Modules stay as they are: only shapes are copied. Raises NotCovered for what cannot be replayed.
+    """
+    from planner.plan import ServingPlan, TrainingPlan
+
+    if isinstance(model_or_plan, torch.nn.Module):
+        return replay_training_step(lambda: _shapes_of(model_or_plan), **options)
+    if isinstance(model_or_plan, Mapping):
+        from planner.readers.plan_document import plan_from_mapping
+
+        model_or_plan = plan_from_mapping(model_or_plan)
+    if isinstance(model_or_plan, ServingPlan):
+        raise NotCovered("the dry run replays a training step; a serving plan has none.")
+    if isinstance(model_or_plan, TrainingPlan):
+        from planner.measure.plan_replay import config_of, replay_arguments
+
+        return replay_config(config_of(model_or_plan.model), **{**replay_arguments(model_or_plan), **options})
+    if not callable(model_or_plan) or model is None:
+        raise PlanError("trace takes a training plan, a torch.nn.Module, or a step function together with `model`.")
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    copied = _shapes_of(model)
+    materialise(copied, mode)
+    return replay(lambda memory: model_or_plan(copied, memory.mark), model=copied, mode=mode, **options)
+
+
+def _shapes_of(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy of `module` on the meta device: its parameters and buffers have shapes and formats, and no values."""
+    twins: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        twin = torch.empty_like(tensor, device="meta", requires_grad=False)
+        if isinstance(tensor, torch.nn.Parameter):
+            twin = torch.nn.Parameter(twin, requires_grad=tensor.requires_grad)
+        twins[id(tensor)] = twin
+    return copy.deepcopy(module, twins)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from planner.errors import ModelConfigError
+from planner.errors import ModelConfigError, NotCovered
 from planner.measure.cuda_semantics import flash_attention
 
 __all__ = ["build_causal_lm", "with_adapters", "without_gpu_checks"]
@@ -52,6 +52,8 @@ def build_causal_lm(config: Mapping[str, Any], *, layers: int | None = None) -> 
             text.layer_types = text.layer_types[:layers]
     # Said explicitly, because from_config would else prefer the dtype of the configuration.
     name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+    if type(built) not in transformers.AutoModelForCausalLM._model_mapping:
+        raise NotCovered(f'transformers {transformers.__version__} has no causal language model of type "{model_type}".')
     return transformers.AutoModelForCausalLM.from_config(built, **{name: torch.get_default_dtype()})
 
 

@@ -354,3 +354,7 @@ class ModelShape:
     assumed: tuple[str, ...] = ()  # "key=value" for sizes the config leaves to the defaults of the reference class
     quantization: str | None = None  # how the published checkpoint is quantised; shapes are those before it
     tokens: int | None = None  # positions of the main stack where the model fixes them (ViT: patches and class token)
+
+    def __hash__(self) -> int:
+        """Of a few telling fields: equal shapes hash equally, and hashing a hundred blocks for a cache is not free."""
+        return hash((self.name, self.model_type, self.hidden, len(self.blocks), self.blocks[:1], self.embedding))
