@@ -206,10 +206,8 @@ def _figure(*, height: int, title: str) -> Figure:
             },
             "hoverlabel": {"font": {"family": _FONT}},
             "dragmode": False,
-            "uniformtext": {
-                "mode": "hide",
-                "minsize": 11,
-            },  # segments too narrow for their label leave it to the legend
+            # Segments too narrow for their label leave it to the legend.
+            "uniformtext": {"mode": "hide", "minsize": 11},
         }
     )
 

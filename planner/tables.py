@@ -88,7 +88,7 @@ def breakdown_text(answer: Answer, unit: Unit = "GiB") -> DataFrame:
 
 
 def serving_text(answer: Answer, unit: Unit = "GiB") -> DataFrame:
-    """What a serving deployment can hold, for people: a row each figure."""
+    """What a serving deployment can hold, for people: a row each figure. A limit that memory does not set says so."""
     from pandas import DataFrame
 
     memory = answer["memory"]
@@ -96,9 +96,9 @@ def serving_text(answer: Answer, unit: Unit = "GiB") -> DataFrame:
     rows = {
         "cache of one token": format_bytes(memory["kv_cache_bytes_per_token"], token),
         "room for caches": format_bytes(memory["kv_cache_pool"], unit),
-        "tokens that fit": f"{memory['kv_token_capacity']:,}",
-        "longest context of one sequence": f"{memory['longest_context']:,}",
-        "most sequences at a time": f"{memory['max_concurrent_sequences']:,}",
+        "tokens that fit": _limit(memory["kv_token_capacity"]),
+        f"longest context of {memory['concurrency']:,} sequences": _limit(memory["longest_context"]),
+        f"most sequences of {memory['context_length']:,} tokens": _limit(memory["max_concurrent_sequences"]),
     }
     return DataFrame({"figure": list(rows), "value": list(rows.values())})
 
@@ -117,6 +117,10 @@ def states_frame(states: Mapping[str, Mapping[str, int]]) -> DataFrame:
 
     frame = DataFrame(states).T.rename_axis("sharding")
     return frame.assign(total=frame.sum(axis=1))
+
+
+def _limit(count: int | None) -> str:
+    return "not limited by memory" if count is None else f"{count:,}"
 
 
 def _words(name: str) -> str:

@@ -51,6 +51,8 @@ def adapt_with_magnitude(
 
 def _delta(t: Operations, first: Parameter, second: Parameter) -> tuple[Tensor, list[Storage]]:
     """B(A(identity)), detached, and what its graph holds as long as the module runs; nothing comes back through it."""
+    if t.compute is not None and t.compute != first.dtype:
+        t.cast(first), t.cast(second)  # cached with their graph, which the products below do without
     enabled, t.enabled = t.enabled, False
     inner, rank, out = first.dims[1], first.dims[0], second.dims[0]
     identity = t.constant("eye", (inner, inner), first.dtype)

@@ -26,6 +26,7 @@ from planner.plan import TrainingPlan
 
 __all__ = ["TrainingMemory", "accumulation_steps", "training_memory"]
 
+LARGEST_MICRO_BATCH_TOKENS = 2**36
 DEEPSPEED_BUCKET_ELEMENTS = 500_000_000  # runtime/zero/config.py: reduce_bucket_size
 
 
@@ -102,6 +103,12 @@ def _covered(plan: TrainingPlan) -> None:
                 f"parallelism.{name} = {degree} is not covered by the training memory of this version; data "
                 "parallelism with zero 0 to 3 is, and tensor with implementation megatron."
             )
+    tokens = plan.data.micro_batch_size * plan.data.sequence_length
+    if tokens > LARGEST_MICRO_BATCH_TOKENS:
+        raise PlanError(
+            f"data.micro_batch_size x data.sequence_length = {tokens:,} tokens in one forward pass; at most "
+            f"{LARGEST_MICRO_BATCH_TOKENS:,} are counted."
+        )
     if plan.implementation.name == "megatron" and (p.zero > 1 or plan.method.name != "full"):
         raise NotCovered("implementation megatron is covered for full training, with zero 0 or 1.")
     if p.sequence_parallel and plan.data.sequence_length % p.tensor:

@@ -108,7 +108,7 @@ def capacity(answer: Answer, unit: Any) -> None:
     """What a serving deployment can hold: tokens, context, sequences."""
     st.subheader("What it can hold", anchor=False)
     st.table(tables.serving_text(answer, unit), border="horizontal", hide_index=True, hide_header=True)
-    st.caption("Of the whole deployment; the longest context is that of one sequence alone.")
+    st.caption("Tokens and sequences are those of all replicas together; sizes are those of one GPU.")
 
 
 def moments(answer: Answer, unit: Any) -> None:

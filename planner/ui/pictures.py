@@ -62,7 +62,7 @@ def svg_of(figure: Figure, *, width: int = _WIDTH) -> str:
     """The figure as SVG text, the same text each time. Raises SourceUnavailable when the browser draws nothing."""
     from plotly.offline import get_plotlyjs
 
-    height = int(figure.layout.height)
+    height = figure.to_dict()["layout"]["height"]
     page = (
         "<!doctype html><meta charset='utf-8'><pre id='svg'></pre>"
         f"<script>{get_plotlyjs()}</script><script>"

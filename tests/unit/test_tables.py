@@ -62,3 +62,13 @@ def test_moments_have_their_sums(answer: dict[str, Any]) -> None:
 def test_states_have_their_sums() -> None:
     frame = tables.states_frame({"whole": {"weights": 2, "gradients": 3}})
     assert frame.loc["whole", "total"] == 5
+
+
+def test_limits_that_memory_does_not_set_say_so() -> None:
+    plan = {"kind": "serving", "model": "gpt2", "hardware": {"gpu": "rtx-4090"}, "requests": {"context_length": 512}}
+    serving = planner.estimate(plan).to_dict()
+    text = tables.serving_text(serving).set_index("figure")["value"]
+    assert text["most sequences of 512 tokens"] == f"{serving['memory']['max_concurrent_sequences']:,}"
+    serving["memory"]["longest_context"] = None
+    assert "not limited by memory" in set(tables.serving_text(serving)["value"])
+    assert tables.serving_text(serving, "GB")["value"].str.contains("GiB|KiB").sum() == 0
