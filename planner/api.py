@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from planner.hardware import Device, software_device
+from planner.ledger.targets import check_targets
 from planner.model.adapter_targets import chosen_by, default_targets
 from planner.plan import ServingPlan, TrainingPlan
 from planner.readers.hardware_profiles import load_hardware, resolve_device
@@ -53,7 +54,10 @@ def _device(name: str) -> tuple[Device, tuple[str, ...]]:
 
 def _with_targets(plan: TrainingPlan, shape: ModelShape) -> tuple[TrainingPlan, tuple[str, ...]]:
     """The plan with its adapter's targets named, and the note that says so."""
-    if plan.method.name not in ("lora", "qlora", "ia3") or plan.method.targets:
+    if plan.method.name not in ("lora", "qlora", "ia3"):
+        return plan, ()
+    if plan.method.targets:
+        check_targets(shape, plan.method)
         return plan, ()
     targets = default_targets(shape, plan.method)
     method = replace(plan.method, targets=targets)

@@ -148,7 +148,7 @@ def _bar(name: str, sizes: Sequence[int], labels: Sequence[str], unit: Unit) -> 
             "pattern": {
                 "shape": paint.pattern,
                 "bgcolor": paint.colour,
-                "fgcolor": "rgba(0,0,0,0.55)" if light else "rgba(255,255,255,0.75)",
+                "fgcolor": "rgba(0,0,0,0.35)" if light else "rgba(255,255,255,0.75)",
                 "size": 7,
                 "solidity": 0.25,
             },
@@ -169,8 +169,10 @@ def _stacks(rows: Mapping[str, Mapping[str, int]], unit: Unit, title: str, *, at
     """Stacked bars, a row each, {label: {category: bytes}}, on an axis that reaches `at_least` so far."""
     scale = max(at_least, *(sum(parts.values()) for parts in rows.values()))
     figure = _figure(height=44 * len(rows) + 24 + _LEGEND_HEIGHT, title=title)
-    for name in dict.fromkeys(name for parts in rows.values() for name, size in parts.items() if size):
+    for name in dict.fromkeys(name for parts in rows.values() for name in parts):
         sizes = [parts.get(name, 0) for parts in rows.values()]
+        if not any(sizes):
+            continue
         figure.add_bar(**_bar(name, sizes, list(rows), unit), showlegend=max(sizes) / scale >= _VISIBLE_SHARE)
     _size_axis(figure, scale * 1.06, unit)
     figure.update_layout(

@@ -101,8 +101,12 @@ class Method:
     upcast: what stands beside 4-bit linears is turned to fp32 (peft's prepare_model_for_kbit_training).
     upcast_embeddings: embeddings and head stay so; otherwise only norms do (trl's peft_module_casting_to_bf16, which
         SFTTrainer runs after it with bf16).
-    virtual_tokens: prefix and prompt tuning. bottleneck: width of bottleneck adapters.
-    trainable_layers: `frozen` trains the last k blocks and the head; 0 trains the head alone.
+    virtual_tokens: prefix and prompt tuning. bottleneck: width of bottleneck adapters, one at the end of each branch of
+        a block (`planner.ledger.bottleneck`).
+    trainable_layers: `frozen` trains the last k blocks and the output projection (the embedding table, where they are
+        tied); 0 trains that alone. The final norm stays frozen.
+    train_embeddings: the embedding table and the output projection train in full as well; beside adapters they are
+        copies, next to which the frozen originals stay (peft's modules_to_save, tied ones with ensure_weight_tying).
     """
 
     name: Literal["full", "lora", "qlora", "ia3", "prefix", "prompt", "adapter", "frozen"] = "full"

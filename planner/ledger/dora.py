@@ -52,7 +52,8 @@ def adapt_with_magnitude(
 def _delta(t: Operations, first: Parameter, second: Parameter) -> tuple[Tensor, list[Storage]]:
     """B(A(identity)), detached, and what its graph holds as long as the module runs; nothing comes back through it."""
     if t.compute is not None and t.compute != first.dtype:
-        t.cast(first), t.cast(second)  # cached with their graph, which the products below do without
+        t.cast(first)  # both are cached with their graph, which the products below do without
+        t.cast(second)
     enabled, t.enabled = t.enabled, False
     inner, rank, out = first.dims[1], first.dims[0], second.dims[0]
     identity = t.constant("eye", (inner, inner), first.dtype)
@@ -70,7 +71,7 @@ def _base_weight(t: Operations, name: str, x: Tensor) -> Tensor | Parameter:
     weight = t.known_weight(f"{name}.weight")
     assert weight is not None, "the base product has declared it"
     if t.quantized(name):
-        unpacked = t.constant("dequantize 4-bit", weight.dims, t.unpacked)
+        unpacked = t.constant("dequantize 4-bit", weight.dims, t.packed_from)
         return t.to(unpacked, x.dtype)
     return weight if weight.dtype == x.dtype else t.constant("to", weight.dims, x.dtype)
 

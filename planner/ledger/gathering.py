@@ -14,6 +14,7 @@ FSDP2 (torch 2.x, torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py, _fsd
 FSDP1 (torch/distributed/fsdp/_runtime_utils.py, _flat_param.py):
     forward    one unit at a time (limit_all_gathers); its flat vector is what the weights are views of
     backward   the previous block's vector is already there (BACKWARD_PRE)                             + 1 unit
+    adapters   are units of their own, gathered one at a time; the previous block is fetched at the first one's turn
     reduction  the views' gradients are put together into one flat gradient, which is reduced
 DeepSpeed stage 3 (runtime/zero/partition_parameters.py): each tensor is gathered on its own; prefetched tensors up to
     the size of one block are live beside the running block's.
@@ -25,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from planner.ledger.operations import Operations
-from planner.ledger.tape import Storage
+from planner.ledger.tape import Node, Storage
 
 __all__ = ["Gathering", "ShardedOperations", "Unit"]
 
@@ -74,6 +75,7 @@ class ShardedOperations(Operations):
     whole: dict[int, list[Storage]] = field(default_factory=dict)  # blocks that stay gathered until their backward
     kept: list[Storage] = field(default_factory=list)
     sharded: list[Storage] = field(default_factory=list)
+    fetches_at: str = ""  # the weight whose gradient makes FSDP1 fetch the block before; "" when nothing waits
 
     def enter(self, phase: str, segment: int) -> None:
         """Allocate what the running unit, and its neighbours in flight, hold."""
@@ -127,8 +129,30 @@ class ShardedOperations(Operations):
                 self._gather(unit, flat, "all-gather result")
             self._gather(unit, self.window, "gathered weights")
             del flat
-        for _ in range(self.gathering.prefetch if fetches and segment > 1 else 0):  # the first has none before it
-            self._gather(unit, self.prefetched, "prefetched weights")
+        if fetches and segment > 1:  # the first has none before it
+            self.fetches_at = self._first_adapter(segment) if self.gathering.engine == "fsdp1" and unit.frozen else ""
+            if not self.fetches_at:
+                self._prefetch(segment)
+
+    def _prefetch(self, segment: int) -> None:
+        assert self.gathering is not None
+        for _ in range(self.gathering.prefetch):
+            self._gather(self.units[segment], self.prefetched, "prefetched weights")
+
+    def _first_adapter(self, segment: int) -> str:
+        """The first trained weight of a block, or nothing. FSDP1 prefetches the unit that ran before the one at hand.
+
+        Before a block with adapters ends, its last adapter has run; before that, another; before its first adapter,
+        the previous block (_exec_order_utils.py, get_handle_to_backward_prefetch).
+        """
+        mine = (weight.name for weight in self.parameters if weight.trainable and weight.name.startswith(f"{segment}."))
+        return next(mine, "")
+
+    def _run(self, node: Node) -> None:
+        if self.fetches_at and any(edge.parameter and edge.parameter.name == self.fetches_at for edge in node.edges):
+            self.fetches_at = ""
+            self._prefetch(node.segment)
+        Operations._run(self, node)
 
     @property
     def _last(self) -> int:

@@ -118,7 +118,7 @@ _PROFILES: dict[str, tuple[Profile, ...]] = {
             full_loss="litgpt_flat",
             reentrant=False,
             adapters_follow_weights=True,
-            source="litgpt 5895df10 (2024-04): model.py, lora.py, utils.py; Lightning 2.3: wrappers.py, bitsandbytes.py",
+            source="litgpt 5895df10 (2024-04): model.py, lora.py, utils.py; Fabric 2.3: wrappers.py, bitsandbytes.py",
         ),
     ),
     "torchtune": (

@@ -106,13 +106,7 @@ class StepRecord:
 
 def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
     """Record one pass. Raises NotCovered when the model has a part whose activations are not in the ledger."""
-    check_method(
-        shape,
-        setting.method,
-        setting.profile,
-        sharded=setting.gathering is not None,
-        autocast=setting.precision.autocast,
-    )
+    check_method(shape, setting.method, setting.profile, sharded=setting.gathering is not None)
     t = _tape(shape, setting)
     if any(isinstance(block.mixer, Attention) and block.mixer.sinks for block in shape.blocks):
         if setting.attention == "flash":
@@ -263,17 +257,22 @@ def unit_of(tensors: Sequence[StateTensor], setting: Setting) -> Unit:
     """Sizes of one gathered unit: its tensors by the format they are gathered in, and those that train."""
     gathered: dict[str, int] = {}
     trained: dict[str, int] = {}
-    casts = setting.gathering is not None and setting.gathering.casts
+    gathering = setting.gathering
+    casts = gathering is not None and gathering.casts
+    frozen = any(not tensor.trainable for tensor in tensors)
+    # FSDP1's flat vectors have one format each: adapters are small units of their own, gathered one at a time
+    # (peft/utils/other.py, fsdp_auto_wrap_policy).
+    apart = frozen and gathering is not None and gathering.engine == "fsdp1"
     for tensor in tensors:
         elements = tensor.repeat * tensor.elements
         if tensor.packed:
             gathered["uint8"] = gathered.get("uint8", 0) + elements // 2
             continue
         dtype = setting.precision.compute if casts else tensor.dtype
-        gathered[dtype] = gathered.get(dtype, 0) + elements
+        if not (apart and tensor.trainable):
+            gathered[dtype] = gathered.get(dtype, 0) + elements
         if tensor.trainable:
             trained[dtype] = trained.get(dtype, 0) + elements
-    frozen = any(not tensor.trainable for tensor in tensors)
     return Unit(tuple(gathered.items()), tuple(trained.items()), frozen)
 
 

@@ -32,6 +32,9 @@ _CONVERTED = frozenset(
 )  # fmt: skip
 _ON_EXPERTS = frozenset({"all-linear", "gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 
+# tuners_utils.py, _check_lora_target_modules_mamba: the fused kernels of these read out_proj's weight for themselves.
+_STATE_SPACE = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+
 # Models whose key/value heads peft does not find in the config: it makes a prefix for all query heads, which they
 # cannot take (peft/utils/other.py, _prepare_prompt_learning_config).
 _NO_PREFIX = frozenset({"falcon", "gpt_bigcode"})
@@ -63,6 +66,8 @@ def check_targets(shape: ModelShape, method: Method) -> None:
                 f'target "{target}" reaches the stacked experts of a {shape.model_type} model, where peft adapts whole '
                 "parameters; that is not in the ledger. Name the attention projections instead."
             )
+        if shape.model_type in _STATE_SPACE and (target == "all-linear" or leaf == "out_proj"):
+            raise PlanError(f'peft refuses the target "{target}" on {shape.model_type} models: it reaches out_proj.')
         if target == "all-linear" or any(_answers(module, target) for module in modules):
             continue
         for group in model_weights(shape):
@@ -81,7 +86,7 @@ def _answers(module: str, target: str) -> bool:
     return module == target or module.endswith(f".{target}")
 
 
-def check_method(shape: ModelShape, method: Method, profile: Profile, *, sharded: bool, autocast: bool) -> None:
+def check_method(shape: ModelShape, method: Method, profile: Profile, *, sharded: bool) -> None:
     """Raise NotCovered for a method on a model or in a setting where its activations are not in the ledger."""
     check_targets(shape, method)
     name, family = method.name, shape.model_type

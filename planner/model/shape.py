@@ -31,6 +31,7 @@ __all__ = [
     "ModelShape",
     "Moe",
     "Norm",
+    "Readout",
     "Tower",
     "Weight",
     "WeightKind",
@@ -292,6 +293,24 @@ class Embedding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Readout:
+    """What an encoder makes of its last hidden states before the output matrix, and what it is trained on.
+
+    task: `masked`, the tokens at every position (masked language modelling); `labels`, one class for each example.
+    dense, norm_name: a layer of size (H, H), followed by `activation`, and a layer norm after it; empty: none.
+    """
+
+    task: Literal["masked", "labels"]
+    first: bool = False  # only the first position goes on
+    dense: str = ""
+    activation: str = ""
+    norm_name: str = ""
+    dropouts: tuple[float, float] = (0.0, 0.0)  # before the dense layer, and before the output matrix
+    classes: int = 0
+    classifier: str = ""  # the (classes, H) output matrix of `labels`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
     """Final norm and output projection. rows 0: the model returns hidden states, there are no logits."""
 
@@ -307,6 +326,7 @@ class Head:
     projection_name: str = ""
     extra: tuple[Weight, ...] = ()
     dropout: float = 0.0  # between the final norm and the output projection (T5)
+    readout: Readout | None = None  # encoders: what they are trained on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

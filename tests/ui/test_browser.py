@@ -137,3 +137,16 @@ def test_the_bars_are_there_for_those_who_do_not_see_them(server: str, chromium:
     page, _ = page_of(chromium, server, DESK)
     assert page.get_by_text("peak_allocated").first.is_visible()
     assert page.get_by_role("table").first.is_visible()
+
+
+def test_a_name_that_nobody_knows_keeps_the_last_answer(server: str, chromium: Any) -> None:
+    page, complaints = page_of(chromium, server, DESK)
+    before = page.locator(VERDICT).first.inner_text()
+    model = page.get_by_role("combobox").first
+    model.click()
+    model.fill("Llama-9.9-8B")
+    model.press("Enter")
+    page.get_by_text("Not answered").wait_for()
+    shown = page.locator(VERDICT).all_inner_texts()
+    assert "Llama-9.9-8B" in shown[0] and before in shown
+    assert complaints == []
