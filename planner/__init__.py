@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from planner.api import estimate as estimate
     from planner.api import load_hardware as load_hardware
     from planner.api import load_model as load_model
-    from planner.api import trace as trace
     from planner.errors import PlannerError as PlannerError
+    from planner.measure.dry_run import trace as trace
 
 __all__ = ["PlannerError", "estimate", "load_hardware", "load_model", "trace"]
 
@@ -24,6 +24,10 @@ def __getattr__(name: str) -> Any:
         from planner.errors import PlannerError
 
         return PlannerError
+    if name == "trace":
+        from planner.measure.dry_run import trace
+
+        return trace
     if name in __all__:
         from planner import api
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from planner.hardware import Device, software_device
 from planner.ledger.targets import check_targets
 from planner.model.adapter_targets import chosen_by, default_targets
+from planner.model.shape import ModelShape
 from planner.plan import ServingPlan, TrainingPlan
 from planner.readers.hardware_profiles import load_hardware, resolve_device
 from planner.readers.models import load_model
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     Estimate = TrainingEstimate | ServingEstimate
 
-__all__ = ["estimate", "load_hardware", "load_model", "trace"]
+__all__ = ["estimate", "load_hardware", "load_model"]
 
 
 def estimate(plan: Mapping[str, Any] | TrainingPlan | ServingPlan, *, fetch: bool = False) -> Estimate:
@@ -54,19 +55,12 @@ def _device(name: str) -> tuple[Device, tuple[str, ...]]:
 
 def _with_targets(plan: TrainingPlan, shape: ModelShape) -> tuple[TrainingPlan, tuple[str, ...]]:
     """The plan with its adapter's targets named, and the note that says so."""
-    if plan.method.name not in ("lora", "qlora", "ia3"):
-        return plan, ()
+    if plan.method.name not in ("lora", "qlora", "ia3") or plan.implementation.name == "litgpt":
+        return plan, ()  # litgpt has names and a choice of its own (planner/ledger/arrangement.py)
     if plan.method.targets:
         check_targets(shape, plan.method)
         return plan, ()
     targets = default_targets(shape, plan.method)
     method = replace(plan.method, targets=targets)
     return replace(plan, method=method), (f"{plan.method.name} on {', '.join(targets)}, {chosen_by(shape, method)}",)
-
-
-def trace(model_or_plan: Any, **options: Any) -> Any:
-    """Replay the real PyTorch step without a GPU. Needs the `torch` extra; see `planner.measure.dry_run`."""
-    from planner.measure.dry_run import trace as dry_run
-
-    return dry_run(model_or_plan, **options)
 

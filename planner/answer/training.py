@@ -109,7 +109,7 @@ def answer_training(
         capacity=device.memory_capacity_bytes,
         verdict=verdict,
         assumptions=(*_training_assumptions(plan), *notes, *(f"default: {field}" for field in defaults)),
-        warnings=(*model_warnings(shape), *NOT_MODELLED),
+        warnings=(*model_warnings(shape), *_plan_warnings(plan), *NOT_MODELLED),
         next_commands=_next_training(plan, verdict),
     )
 
@@ -144,6 +144,13 @@ def _training_assumptions(plan: TrainingPlan) -> tuple[str, ...]:
         "no sharding, one rank" if data == 1 else sharding,
         "packed sequences of the full length; steady state (the second step on)",
     )
+
+
+def _plan_warnings(plan: TrainingPlan) -> tuple[str, ...]:
+    """What the plan asks for and the ledger answers only from one side."""
+    if plan.implementation.compiled:
+        return ("compiled: what torch.compile fuses away is not in the ledger; this is the eager modules' need.",)
+    return ()
 
 
 def _next_training(plan: TrainingPlan, verdict: Verdict) -> tuple[str, ...]:

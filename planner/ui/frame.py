@@ -8,7 +8,7 @@ from typing import Any
 import streamlit as st
 
 import planner
-from planner.errors import PlannerError
+from planner.errors import PlannerError, UnknownName
 from planner.ui import controls, panels, state
 
 __all__ = ["page"]
@@ -45,6 +45,7 @@ def page(
     with verdict_place:
         if refused is not None:
             panels.refusal(refused, last[1] if last else None)
+            _offer_to_fetch(str(values["model"]))
         verdict_box = st.container(key="last_verdict" if refused else "verdict")
         for sentence in asked.ignored(values):
             st.info(panels.plain(sentence), icon=":material/link_off:")
@@ -59,3 +60,23 @@ def page(
         panels.downloads(estimate.plan, answer)
         panels.links(state.permalink(values), answer["next_commands"])
         panels.notes(answer)
+
+
+def _offer_to_fetch(model: str) -> None:
+    """A button that reads an unknown model's config.json from Hugging Face: the only thing here that uses the network.
+
+    It is offered when the name is what is missing, and once it is read the page answers from the local cache.
+    """
+    try:
+        planner.load_model(model)
+        return
+    except PlannerError as error:
+        if not isinstance(error, UnknownName):
+            return
+    if st.button("Read its config.json from Hugging Face", icon=":material/download:", key="fetch"):
+        try:
+            planner.load_model(model, fetch=True)
+        except PlannerError as error:
+            panels.refusal(str(error), None)
+        else:
+            st.rerun()

@@ -14,7 +14,7 @@ pytest.importorskip("streamlit")
 from streamlit.testing.v1 import AppTest
 
 import planner
-from planner.errors import PlannerError
+from planner.errors import PlannerError, SourceUnavailable, UnknownName
 from planner.readers.plan_document import plan_from_text
 from planner.units import format_bytes
 
@@ -121,6 +121,39 @@ def test_bad_input_keeps_the_last_answer_and_says_why_in_one_sentence() -> None:
     assert "last answer, for Llama-3.1-8B" in sentence.replace("\\", "")
     app.selectbox(key="precision").set_value("bf16-amp").run()
     assert not refusals(app) and verdict(app) != before
+
+
+def test_an_unknown_model_is_fetched_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    real = planner.load_model
+
+    def load_model(model: Any, *, fetch: bool = False) -> Any:
+        if model != "somebody/else":
+            return real(model, fetch=fetch)
+        asked.append(fetch)
+        if not any(asked):
+            raise UnknownName("somebody/else is not known.")
+        return real("gpt2")
+
+    monkeypatch.setattr("planner.api.load_model", load_model)
+    app = opened(model="somebody/else")
+    assert refusals(app) and not any(asked)
+    app.button(key="fetch").click().run()
+    assert not app.exception
+    assert not refusals(app)
+    assert asked.count(True) == 1
+    assert "Fits" in verdict(app)
+
+
+def test_a_model_that_cannot_be_fetched_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_model(model: Any, *, fetch: bool = False) -> Any:
+        raise SourceUnavailable("the hub is out of reach") if fetch else UnknownName(f"{model} is not known")
+
+    monkeypatch.setattr("planner.api.load_model", load_model)
+    app = opened(model="somebody/else")
+    app.button(key="fetch").click().run()
+    assert not app.exception
+    assert any("out of reach" in sentence for sentence in refusals(app))
 
 
 def test_an_address_without_an_answer_says_so_alone() -> None:

@@ -1,0 +1,137 @@
+"""Encoders of text: what BERT and its kin do their own way, from the sum of three tables to the loss.
+
+Each program has the shape of its module's forward in transformers 5.23 (modeling_bert.py, modeling_roberta.py,
+modeling_distilbert.py). Nothing is masked: packed sequences of the full length need no mask in either direction, so
+that attention runs the flash kernel, in fp32 the memory-efficient one, and dropout inside them keeps nothing.
+
+Letters: B batch, S sequence, H hidden, F feed-forward width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from planner.errors import NotCovered
+from planner.ledger.attention import heads_merged
+from planner.ledger.loss_head import cross_entropy, project
+from planner.ledger.mlp import activate
+from planner.ledger.norm import normalise
+from planner.ledger.operations import Operations
+from planner.ledger.tape import Tensor
+from planner.model.shape import Attention, Block, Embedding, Head, Mlp
+
+__all__ = ["TEXT_ENCODERS", "embed_text", "run_encoder_block", "trained_loss"]
+
+_COUNTS_POSITIONS = frozenset({"roberta", "xlm-roberta"})  # along each example, as padding has no position
+TEXT_ENCODERS = frozenset({"bert", "distilbert", *_COUNTS_POSITIONS})
+
+
+# ---- embedding ----------------------------------------------------------------------------------------------------
+
+
+def embed_text(t: Operations, spec: Embedding) -> Tensor:
+    """Hidden states (B, S, H): words + types + positions, normalised and dropped out; the model keeps a name for them."""
+    x = _summed(t, spec)
+    t.model_locals.append(x.storage)
+    return x
+
+
+def _summed(t: Operations, spec: Embedding) -> Tensor:
+    size = t.dim("H", spec.size)
+    t.module = spec.name
+    rows_of = "B" if t.family in _COUNTS_POSITIONS else "1"
+    ids = t.constant("position_ids", ("B", "S"), "int64") if t.family in _COUNTS_POSITIONS else None
+    kinds = t.constant("token_type_ids", (rows_of, "S"), "int64") if spec.types else None
+    words = _looked_up(t, spec.name, "V", spec.rows, size, "B", None)
+    if t.inputs_require_grad and not words.requires_grad:
+        words.requires_grad = True
+        t.hold(words)  # a leaf: the graph refers to it to the end
+    x = words
+    if kinds is not None:
+        kind = _looked_up(t, spec.type_name, "types", spec.types, size, "B", kinds)
+        x = t.add(words, kind)
+    place = _looked_up(t, spec.position_name, "positions", spec.positions, size, rows_of, ids)
+    x = t.add(x, place)
+    x = normalise(t, spec.norm, spec.norm_name, x)
+    return t.dropout(x, spec.dropout)
+
+
+def _looked_up(t: Operations, name: str, letter: str, rows: int, size: str, batch: str, ids: Tensor | None) -> Tensor:
+    """Rows of a table. Positions that are not counted come from a buffer of the module, and need no memory."""
+    table = t.weight(f"{name}.weight", (t.dim(letter, rows), size))
+    return t.apply("embedding", [table], [((batch, "S", size), table.dtype)], saves=[ids])[0]
+
+
+# ---- blocks -------------------------------------------------------------------------------------------------------
+
+
+def run_encoder_block(t: Operations, block: Block, x: Tensor) -> Tensor:
+    """norm(x + attention(x)), and norm of that + feed-forward."""
+    assert isinstance(block.mixer, Attention) and isinstance(block.ffn, Mlp)
+    if t.family == "distilbert":
+        return _distilbert(t, block, block.mixer, block.ffn, x)
+    attended, _weights = _attention(t, block, block.mixer, x)
+    inner = t.linear(block.ffn.names[0], attended, t.dim("F", block.ffn.width), bias=True)
+    inner = activate(t, block.ffn.activation, inner)
+    return _output(t, block, block.ffn.names[1], block.norm_names[1], inner, attended)
+
+
+def _attention(t: Operations, block: Block, spec: Attention, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    heads, weights = heads_merged(t, spec, x)
+    return _output(t, block, spec.out_name, block.norm_names[0], heads, x), weights
+
+
+def _output(t: Operations, block: Block, dense: str, norm: str, x: Tensor, residual: Tensor) -> Tensor:
+    """norm(dropout(dense(x)) + residual)."""
+    result = t.linear(dense, x, residual.dims[-1], bias=True)
+    result = t.dropout(result, block.dropout)
+    return normalise(t, block.norm, norm, t.add(result, residual))
+
+
+def _distilbert(t: Operations, block: Block, spec: Attention, mlp: Mlp, x: Tensor) -> Tensor:
+    """The same without dropout after attention."""
+    hidden = x.dims[-1]
+    mixed, _weights = heads_merged(t, spec, x)
+    mixed = t.linear(spec.out_name, mixed, hidden, bias=True)
+    mixed = normalise(t, block.norm, block.norm_names[0], t.add(mixed, x))
+    inner = t.linear(mlp.names[0], mixed, t.dim("F", mlp.width), bias=True)
+    inner = activate(t, mlp.activation, inner)
+    inner = t.linear(mlp.names[1], inner, hidden, bias=True)
+    inner = t.dropout(inner, block.dropout)
+    return normalise(t, block.norm, block.norm_names[1], t.add(inner, mixed))
+
+
+# ---- head and loss ------------------------------------------------------------------------------------------------
+
+
+def trained_loss(t: Operations, head: Head, x: Tensor, variant: str) -> Tensor:
+    """Cross-entropy in the logits' own format: of the token at each position, or of one class for each example.
+
+    Raises NotCovered for losses that transformers has for decoders alone, and for other implementations' modules.
+    """
+    readout = head.readout
+    assert readout is not None
+    if variant != "default" or t.profile.name != "transformers" or t.profile.kernels is not None:
+        raise NotCovered(
+            f"encoders are in the ledger with the default loss of plain transformers, not with loss {variant} "
+            f"of {t.profile.kernels or t.profile.name}."
+        )
+    t.module = readout.dense or readout.classifier
+    labels = None
+    if readout.task == "labels":
+        labels = t.constant("labels", ("B",), "int64")
+    if readout.first:
+        (x_,) = t.slices(x, [("B", x.dims[-1])])
+    else:
+        x_ = x
+    x_ = t.dropout(x_, readout.dropouts[0])
+    if readout.dense:
+        x_ = t.linear(readout.dense, x_, x.dims[-1], bias=True)
+        x_ = activate(t, readout.activation, x_)
+    if readout.norm_name:
+        x_ = normalise(t, head.norm or _LAYER_NORM, readout.norm_name, x_)
+    x_ = t.dropout(x_, readout.dropouts[1])
+    if readout.task == "labels":
+        logits = t.linear(readout.classifier, x_, t.dim("classes", readout.classes), bias=True)
+    else:
+        logits = project(t, head, x_)
+    t.module = "loss"
+    return cross_entropy(t, logits, labels)
