@@ -31,6 +31,7 @@ __all__ = [
     "core",
     "dense_copy",
     "eager_mask",
+    "heads_merged",
     "merged_width",
     "reaches",
     "rotary_tables",
@@ -64,6 +65,15 @@ def attend(
     result = t.linear(spec.out_name, result, hidden, bias=spec.out_bias)
     t.call_locals.clear()
     return result, weights
+
+
+def heads_merged(
+    t: Operations, spec: Attention, x: Tensor, context: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """What `attend` does before the output projection, (B, S, A*E), for modules that keep it a name of its own."""
+    _check_covered(spec)
+    query, key, value, _ = _projections(t, spec, x, context)
+    return _core(t, spec, query, key, value)
 
 
 def _check_covered(spec: Attention) -> None:
@@ -538,5 +548,5 @@ _REPEATS_TABLES = frozenset({"glm", "glm4", "ernie4_5_moe"})  # each layer sprea
 _UPCASTS_QUERIES = frozenset({"cohere", "cohere2", "ernie4_5_moe"})  # queries and keys are rotated in fp32
 _SLICED = frozenset({"phi3"})  # cut the fused projection by slices, each with a gradient of the full size
 _SCALES_QUERIES = frozenset({"opt"})  # scale queries by themselves, before the product
-_SOFTMAX_IN_PLACE_FORMAT = frozenset({"gpt2"})  # softmax in the scores' own format
+_SOFTMAX_IN_PLACE_FORMAT = frozenset({"gpt2", "bert", "roberta", "xlm-roberta", "distilbert", "whisper"})  # softmax in the scores' own format
 _TURNS_HALVES = frozenset({"gpt_oss"})  # rotates halves by themselves and puts them together

@@ -5,6 +5,7 @@ from __future__ import annotations
 from planner.errors import NotCovered
 from planner.ledger.attention import attend
 from planner.ledger.attention_families import OWN_ATTENTION
+from planner.ledger.encoders import TEXT_ENCODERS, run_encoder_block
 from planner.ledger.bottleneck import ADAPTER_NAMES, bottleneck
 from planner.ledger.latent_attention import attend_latent
 from planner.ledger.linear_attention import mix_by_delta_rule
@@ -20,6 +21,8 @@ __all__ = ["run_block"]
 
 def run_block(t: Operations, block: Block, x: Tensor) -> Tensor:
     """The block's output for input x, (B, S, H)."""
+    if t.family in TEXT_ENCODERS:
+        return run_encoder_block(t, block, x)
     result = _RESIDUALS[block.residual](t, block, x)
     del t.returned[:-1]
     return result

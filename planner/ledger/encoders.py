@@ -126,8 +126,8 @@ def trained_loss(t: Operations, head: Head, x: Tensor, variant: str) -> Tensor:
     if readout.dense:
         x_ = t.linear(readout.dense, x_, x.dims[-1], bias=True)
         x_ = activate(t, readout.activation, x_)
-    if readout.norm_name:
-        x_ = normalise(t, head.norm or _LAYER_NORM, readout.norm_name, x_)
+    if readout.norm is not None:
+        x_ = normalise(t, readout.norm, readout.norm_name, x_)
     x_ = t.dropout(x_, readout.dropouts[1])
     if readout.task == "labels":
         logits = t.linear(readout.classifier, x_, t.dim("classes", readout.classes), bias=True)

@@ -134,7 +134,7 @@ def _shift(t: Operations, head: Head, x: Tensor, loss: CrossEntropy) -> Tensor:
     return loss(t, shifted, _labels(t))
 
 
-def cross_entropy(t: Operations, logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(t: Operations, logits: Tensor, labels: Tensor | None) -> Tensor:
     """log_softmax keeps its output; nll_loss writes a full-size gradient, log_softmax another."""
     return t.apply("nll_loss", [t.map("log_softmax", logits, saves="output")], [((), logits.dtype)], saves=[labels])[0]
 

@@ -34,8 +34,8 @@ def mixture_of_experts(t: Operations, moe: Moe, x: Tensor, hidden: str) -> Tenso
         (x,) = t.apply("mul_", [x], [(x.dims, x.dtype)], in_place=True, saves=[noise])
         del noise
     shared = None
-    if moe.shared_gate is not None or moe.routing == "ernie":
-        shared = _shared(t, moe, x, hidden)
+    if moe.shared is not None and (moe.shared_gate is not None or moe.routing == "ernie"):
+        shared = feed_forward(t, moe.shared, x, hidden)
     residual = x
     logits, weights, index = route(t, moe, x)
     x = _experts(t, moe, x, index, weights)
@@ -43,7 +43,7 @@ def mixture_of_experts(t: Operations, moe: Moe, x: Tensor, hidden: str) -> Tenso
     if moe.shared is None:
         return x
     if shared is None:
-        return t.add(x, _shared(t, moe, residual, hidden))
+        return t.add(x, feed_forward(t, moe.shared, residual, hidden))
     if moe.shared_gate is not None:
         t.module = moe.shared_gate
         shared = t.mul(t.map("sigmoid", t.linear(moe.shared_gate, residual, "1"), saves="output"), shared)
@@ -91,10 +91,6 @@ def _one_by_one(t: Operations, moe: Moe, x: Tensor, hidden: str) -> Tensor:
         )[0]
     del mask, logits
     return result
-
-
-def _shared(t: Operations, moe: Moe, x: Tensor, hidden: str) -> Tensor | None:
-    return None if moe.shared is None else feed_forward(t, moe.shared, x, hidden)
 
 
 # ---- routers ------------------------------------------------------------------------------------------------------

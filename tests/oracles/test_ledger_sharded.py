@@ -9,14 +9,21 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from planner.hardware import software_device
+from planner.ledger.parameters import state_tensors
 from planner.measure.dry_run import DryRun, trace
 from planner.memory.device import workspace_bytes
 from planner.memory.optimizers import optimizer_bytes
 from planner.memory.training import TrainingMemory, training_memory
-from planner.hardware import software_device
-from planner.ledger.parameters import state_tensors
 from planner.plan import (
-    Data, Hardware, Method, Optimizer, Parallelism, Precision, Recompute, TrainingPlan,
+    Data,
+    Hardware,
+    Method,
+    Optimizer,
+    Parallelism,
+    Precision,
+    Recompute,
+    TrainingPlan,
 )  # fmt: skip
 from planner.readers.hardware_profiles import load_hardware
 from planner.readers.hf_config import shape_from_config

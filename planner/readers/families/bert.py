@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from planner.ledger.weights.linear import linear_weights
 from planner.ledger.weights.norm import norm_weights
-from planner.model.shape import Block, Embedding, Head, ModelShape, Weight
+from planner.model.shape import Block, Embedding, Head, ModelShape, Readout, Weight
 from planner.readers.config_view import ConfigView
 from planner.readers.families.decoder import LAYER_NORM, MOST_LAYERS, published_dtype, quantization_method
 from planner.readers.families.encoder import architecture, bidirectional_attention, labels, plain_mlp
 
-__all__ = ["READERS", "bert_encoder", "dense_and_norm", "uncovered_head"]
+__all__ = [
+    "READERS",
+    "bert_encoder",
+    "dense_and_norm",
+    "dropout_before_classifier",
+    "masked_tokens",
+    "uncovered_head",
+]
 
 _CLASSES = ("BertModel", "BertForMaskedLM", "BertForPreTraining", "BertForSequenceClassification")
 
@@ -73,8 +82,13 @@ def bert_encoder(
 
 def uncovered_head(head: Head, extra: tuple[Weight, ...]) -> tuple[str, ...]:
     """What stands after the last block and has weights, but no description of what it keeps."""
-    parts = ("dense layer and norm before the output matrix",) if head.extra else ()
-    return parts + (("pooler and classifier on the first position",) if extra else ())
+    return () if head.readout is not None or not extra else ("pooler and classifier on the first position",)
+
+
+def dropout_before_classifier(view: ConfigView) -> float:
+    """Dropout of a classifier's inputs: its own, or else that of the hidden states."""
+    common = view.float("hidden_dropout_prob", 0.1, maximum=1.0)
+    return view.float("classifier_dropout", common, maximum=1.0)
 
 
 def dense_and_norm(hidden: int, dense: str, norm: str = "") -> tuple[Weight, ...]:
@@ -82,6 +96,11 @@ def dense_and_norm(hidden: int, dense: str, norm: str = "") -> tuple[Weight, ...
     return linear_weights(dense, hidden, hidden, bias=True, component="other") + norm_weights(
         LAYER_NORM, norm, hidden, component="other"
     )
+
+
+def masked_tokens(dense: str, norm: str) -> Readout:
+    """A dense layer, GELU and a norm before the projection to the vocabulary, trained on tokens at every position."""
+    return Readout(task="masked", dense=dense, activation="gelu", norm=LAYER_NORM, norm_name=norm)
 
 
 def _bert(view: ConfigView) -> ModelShape:
@@ -95,9 +114,22 @@ def _bert(view: ConfigView) -> ModelShape:
         extra += dense_and_norm(hidden, f"{base}pooler.dense")
     if kind == "BertForSequenceClassification":
         extra += linear_weights("classifier", labels(view), hidden, bias=True, component="other")
+        readout = Readout(
+            task="labels",
+            first=True,
+            dense="bert.pooler.dense",
+            activation="tanh",
+            dropouts=(0.0, dropout_before_classifier(view)),
+            classes=labels(view),
+            classifier="classifier",
+        )
+        head = replace(head, readout=readout)
     if kind in ("BertForMaskedLM", "BertForPreTraining"):
         transform = dense_and_norm(hidden, "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm")
         head = Head(rows=vocab, tied=tied, bias=True, name="cls.predictions.decoder", extra=transform)
+    if kind == "BertForMaskedLM":
+        readout = masked_tokens("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm")
+        head = replace(head, readout=replace(readout, activation=view.str("hidden_act", "gelu")))
     if kind == "BertForPreTraining":
         extra += linear_weights("cls.seq_relationship", 2, hidden, bias=True, component="other")
     return bert_encoder(view, base, vocab=30_522, types=2, head=head, extra=extra)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from planner.ledger.weights.linear import linear_weights
-from planner.model.shape import Block, Embedding, Head, ModelShape
+from planner.model.shape import Block, Embedding, Head, ModelShape, Readout
 from planner.readers.config_view import ConfigView
-from planner.readers.families.bert import dense_and_norm, uncovered_head
+from planner.readers.families.bert import dense_and_norm, masked_tokens, uncovered_head
 from planner.readers.families.decoder import LAYER_NORM, MOST_LAYERS, published_dtype, quantization_method
 from planner.readers.families.encoder import architecture, bidirectional_attention, labels, plain_mlp
 
@@ -47,10 +49,21 @@ def _distilbert(view: ConfigView) -> ModelShape:
     head, extra = Head(rows=0, tied=False), ()
     if kind == "DistilBertForMaskedLM":
         transform = dense_and_norm(hidden, "vocab_transform", "vocab_layer_norm")
-        head = Head(rows=vocab, tied=tied, bias=True, name="vocab_projector", extra=transform)
+        readout = replace(masked_tokens("vocab_transform", "vocab_layer_norm"), activation=view.str("activation", "gelu"))
+        head = Head(rows=vocab, tied=tied, bias=True, name="vocab_projector", extra=transform, readout=readout)
     elif kind == "DistilBertForSequenceClassification":
         extra = dense_and_norm(hidden, "pre_classifier")
         extra += linear_weights("classifier", labels(view), hidden, bias=True, component="other")
+        readout = Readout(
+            task="labels",
+            first=True,
+            dense="pre_classifier",
+            activation="relu",
+            dropouts=(0.0, view.float("seq_classif_dropout", 0.2, maximum=1.0)),
+            classes=labels(view),
+            classifier="classifier",
+        )
+        head = Head(rows=0, tied=False, readout=readout)
     embedding = Embedding(
         rows=vocab,
         size=hidden,

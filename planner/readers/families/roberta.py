@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from planner.ledger.weights.linear import linear_weights
-from planner.model.shape import Head, ModelShape
+from planner.model.shape import Head, ModelShape, Readout
 from planner.readers.config_view import ConfigView
-from planner.readers.families.bert import bert_encoder, dense_and_norm
+from planner.readers.families.bert import bert_encoder, dense_and_norm, dropout_before_classifier, masked_tokens
 from planner.readers.families.encoder import architecture, labels
 
 __all__ = ["READERS"]
@@ -23,10 +23,22 @@ def _roberta(view: ConfigView) -> ModelShape:
         extra, base = dense_and_norm(hidden, "pooler.dense"), ""
     elif kind == classes[1]:
         transform = dense_and_norm(hidden, "lm_head.dense", "lm_head.layer_norm")
-        head = Head(rows=vocab, tied=tied, bias=True, name="lm_head.decoder", extra=transform)
+        readout = masked_tokens("lm_head.dense", "lm_head.layer_norm")
+        head = Head(rows=vocab, tied=tied, bias=True, name="lm_head.decoder", extra=transform, readout=readout)
     else:
         extra = dense_and_norm(hidden, "classifier.dense")
         extra += linear_weights("classifier.out_proj", labels(view), hidden, bias=True, component="other")
+        dropout = dropout_before_classifier(view)
+        readout = Readout(
+            task="labels",
+            first=True,
+            dense="classifier.dense",
+            activation="tanh",
+            dropouts=(dropout, dropout),
+            classes=labels(view),
+            classifier="classifier.out_proj",
+        )
+        head = Head(rows=0, tied=False, readout=readout)
     return bert_encoder(view, base, vocab=50_265, types=2, head=head, extra=extra)
 
 
