@@ -29,6 +29,7 @@ __all__ = [
     "attend",
     "attend_fused",
     "core",
+    "core_and_weights",
     "dense_copy",
     "eager_mask",
     "heads_merged",
@@ -308,6 +309,13 @@ def core(t: Operations, spec: Attention, query: Tensor, key: Tensor, value: Tens
     return _core(t, spec, query, key, value)[0]
 
 
+def core_and_weights(
+    t: Operations, spec: Attention, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The same, and the attention weights where they exist in memory and the module returns them."""
+    return _core(t, spec, query, key, value)
+
+
 def _core(t: Operations, spec: Attention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
     t.module = "attention"
     mask = _mask(t, spec, query.dims[2], key.dims[2], query.dtype)
@@ -361,7 +369,7 @@ def _flash(t: Operations, spec: Attention, query: Tensor, key: Tensor, value: Te
     wide = (batch, sequence, merged_width(t, spec))
     padded = t.dim(f"{sequence}128", (t.sizes[sequence] + 127) // 128 * 128)
     step = 32 if spec.head_dim <= 128 else 64
-    dense = _concatenates(t, spec)
+    dense = _concatenates(t, spec) or t.family in _HEADS_FIRST
     rounded = t.dim("D'", (spec.head_dim + step - 1) // step * step)
     scratch = [((batch, heads, padded, rounded), "fp32"), ((batch, heads, padded), "fp32")]
     if key.dims[1] != heads and spec.kv_heads != spec.heads:
@@ -485,7 +493,7 @@ def _dense(t: Operations, spec: Attention, x: Tensor, *, rotated: bool = True) -
     """x as a batched product wants it: heads before positions. Projections are laid out the other way around."""
     if rotated and (_concatenates(t, spec) or t.family in _TURNS_HALVES):
         return x
-    if x.dims[2] == "v+S":
+    if x.dims[2] == "v+S" or t.family in _HEADS_FIRST:
         return x  # put together with a prefix
     return t.copy(x, operator="dense")
 
@@ -549,4 +557,5 @@ _UPCASTS_QUERIES = frozenset({"cohere", "cohere2", "ernie4_5_moe"})  # queries a
 _SLICED = frozenset({"phi3"})  # cut the fused projection by slices, each with a gradient of the full size
 _SCALES_QUERIES = frozenset({"opt"})  # scale queries by themselves, before the product
 _SOFTMAX_IN_PLACE_FORMAT = frozenset({"gpt2", "bert", "roberta", "xlm-roberta", "distilbert", "whisper"})  # softmax in the scores' own format
+_HEADS_FIRST = frozenset({"whisper"})  # copy queries, keys and values so that heads come before positions
 _TURNS_HALVES = frozenset({"gpt_oss"})  # rotates halves by themselves and puts them together

@@ -3,8 +3,8 @@
     branch + dropout(up(gelu(down(branch))))        down (m, H) and up (H, m), with biases
 
 It stands right before the branch is added to the residual stream, after the block's own dropout: where the authors'
-code has it (google-research/adapter-bert, modeling.py, feedforward_adapter; GELU and m = 64 are its defaults). Norms stay
-frozen. The adapter computes in its own format and is cast back, as LoRA's is. LLaMA-Adapter, which other tools
+code has it (google-research/adapter-bert, modeling.py, feedforward_adapter; GELU and m = 64 are its defaults). Norms
+stay frozen. The adapter computes in its own format and is cast back, as LoRA's is. LLaMA-Adapter, which other tools
 call `adapter` too, is a different method and is not described here.
 
 Letters: H hidden, m width of the bottleneck.

@@ -1,8 +1,8 @@
 """DoRA (arXiv:2402.09353): LoRA whose result is rescaled by a trained magnitude over the norm of the adapted weight.
 
-As peft 0.21 computes it: tuners/lora/dora.py, DoraLinearLayer.forward, and lora/variants.py, DoraLinearVariant. The norm
-is taken anew in each forward pass and receives no gradient, as section 4.3 of the paper proposes; the matrices that it
-needs exist only while the module runs:
+As peft 0.21 computes it: tuners/lora/dora.py, DoraLinearLayer.forward, and lora/variants.py, DoraLinearVariant. The
+norm is taken anew in each forward pass and receives no gradient, as section 4.3 of the paper proposes; the matrices
+that it needs exist only while the module runs:
 
     identity (in, in), A's product of it (in, r), B's product of that (in, out), the base weight in the adapters'
     format (out, in), the scaled delta (out, in) and the sum (out, in)
@@ -82,7 +82,8 @@ def _product_with(t: Operations, x: Tensor, weight: Tensor | Parameter, dims: Di
         return t.product(x, weight, dims)
     if t.compute is not None:
         x, weight = t.to(x, t.compute), t.to(weight, t.compute)
-    return t.apply("linear", [x, weight], [(dims, x.dtype)], saves=[weight if x.requires_grad else None], viewed=True)[0]
+    kept = weight if x.requires_grad else None
+    return t.apply("linear", [x, weight], [(dims, x.dtype)], saves=[kept], viewed=True)[0]
 
 
 def _norm(t: Operations, weight: Tensor | Parameter, delta: Tensor) -> Tensor:

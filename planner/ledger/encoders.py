@@ -133,5 +133,6 @@ def trained_loss(t: Operations, head: Head, x: Tensor, variant: str) -> Tensor:
         logits = t.linear(readout.classifier, x_, t.dim("classes", readout.classes), bias=True)
     else:
         logits = project(t, head, x_)
+    del x_
     t.module = "loss"
     return cross_entropy(t, logits, labels)

@@ -1,4 +1,4 @@
-"""(IA)^3 (arXiv:2205.05638): a trained vector that scales keys, values and the input of the feed-forward's last product.
+"""(IA)^3 (arXiv:2205.05638): trained vectors that scale keys, values and the input of the feed-forward's last product.
 
 As peft 0.21 computes it: tuners/ia3/layer.py, Linear.forward, and ia3/bnb.py, Linear4bit.forward. The vectors are fp32
 beside 16-bit weights, so each product with one is an fp32 tensor as wide as what it scales:
@@ -15,7 +15,7 @@ from planner.plan import Method
 
 __all__ = ["scale_input", "scale_output", "scales_input"]
 
-# peft/utils/constants.py, TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING: the last product of each feed-forward.
+# The last product of each feed-forward: TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING in peft's constants.py.
 _FEED_FORWARD = (
     "down_proj", "fc2", "fc_out", "mlp.c_proj", "dense_4h_to_h", "output.dense", "w2", "wo",
 )  # fmt: skip

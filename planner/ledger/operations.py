@@ -194,6 +194,20 @@ class Operations(Tape):
         )
         return self.to(result, x.dtype)
 
+    def convolution(self, name: str, x: Tensor, dims: Dims, kernel: Dims, *, bias: bool = True) -> Tensor:
+        """A convolution, or one that cuts patches: saves x if its weight trains. cuDNN's workspace is not in it."""
+        self.module = name
+        weight = self.weight(f"{name}.weight", kernel)
+        inputs: list[Tensor | Parameter] = [x, weight]
+        if bias:
+            inputs.append(self.weight(f"{name}.bias", kernel[:1]))
+        saves = [x if weight.trainable else None]
+        if self.compute is not None:
+            x = self.to(x, self.compute)
+            inputs = [x, *(self.cast(part) for part in inputs[1:] if isinstance(part, Parameter))]
+            saves = [x if weight.trainable else None, inputs[1] if x.requires_grad else None]
+        return self.apply("convolution", inputs, [(dims, x.dtype)], saves=saves)[0]
+
     def matmul(self, first: Tensor, second: Tensor, dims: Dims) -> Tensor:
         """Batched product of two activations; each is saved if the other needs a gradient."""
         if self.compute is not None:

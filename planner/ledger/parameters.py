@@ -62,7 +62,8 @@ def trained_around(shape: ModelShape, method: Method) -> frozenset[str]:
     """
     names: set[str] = set()
     head, embedding = shape.head, shape.embedding
-    if embedding is not None and (method.train_embeddings or method.name == "frozen" and head is not None and head.tied):
+    tied = method.name == "frozen" and head is not None and head.tied
+    if embedding is not None and (method.train_embeddings or tied):
         names.add(f"{embedding.name}.weight")
     if head is not None and head.rows and (method.train_embeddings or method.name == "frozen"):
         names.update([f"{head.name}.weight"] * (not head.tied) + [f"{head.name}.bias"] * head.bias)

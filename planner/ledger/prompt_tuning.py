@@ -19,9 +19,8 @@ from planner.errors import NotCovered, PlanError
 from planner.ledger.operations import Operations
 from planner.ledger.tape import Storage, Tensor
 from planner.model.shape import Attention, ModelShape
-from planner.plan import Method
 
-__all__ = ["PROMPT_TABLE", "extend_with_prefix", "make_prefix", "prepend_prompt", "prefix_width"]
+__all__ = ["PROMPT_TABLE", "extend_with_prefix", "make_prefix", "prefix_width", "prepend_prompt"]
 
 PROMPT_TABLE = "prompt_encoder.embedding.weight"
 

@@ -31,8 +31,9 @@ from planner.ledger.operations import Operations
 from planner.ledger.parameters import StateTensor, block_tensors, state_tensors, trained_around
 from planner.ledger.profile import Profile
 from planner.ledger.prompt_tuning import make_prefix, prepend_prompt
-from planner.ledger.targets import check_method
 from planner.ledger.tape import Storage, Tensor
+from planner.ledger.speech import run_speech
+from planner.ledger.targets import check_method
 from planner.model.shape import Attention, Block, LatentAttention, ModelShape
 from planner.plan import Method, Precision, Recompute
 
@@ -139,7 +140,12 @@ def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
             raise NotCovered("encoder-decoder models are in the ledger without sharding, recomputed fully or not at all.")
         live = [ids]
         del ids
-        layers, head = run_encoder_decoder(t, shape, encoder, live, recomputed=_recomputes(setting.recompute))
+        recomputed = _recomputes(setting.recompute)
+        if shape.model_type == "whisper":
+            t.inputs_require_grad = setting.recompute.mode != "none" and _asks_inputs_for_gradients(setting)
+            layers, head = run_speech(t, shape, encoder, live, recomputed=recomputed, loss=setting.loss)
+        else:
+            layers, head = run_encoder_decoder(t, shape, encoder, live, recomputed=recomputed)
         return _close(t, layers, head, live)
     t.inputs_require_grad = setting.recompute.mode != "none" and _asks_inputs_for_gradients(setting)
     t.family = shape.model_type
@@ -152,7 +158,8 @@ def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
         t.virtual = partial(prepend_prompt, caller=caller)
     x = _embedded(t, shape, text)
     _shared_tables(t, shape, x.dtype)
-    shared_masks(t, shape, x.dtype)
+    if t.family not in TEXT_ENCODERS:
+        shared_masks(t, shape, x.dtype)
     flow = [x]
     del x
     layers = _run_blocks(t, shape, setting, flow, past)

@@ -79,7 +79,7 @@ def check_targets(shape: ModelShape, method: Method) -> None:
             raise NotCovered(f'adapters on "{target}", which is tied to the embedding, are not in the ledger.')
         leaves = {module.rpartition(".")[2] for module in modules}
         known = nearest(target, leaves | {"all-linear"})
-        raise PlanError(f'method.targets: no linear module of this {shape.model_type} model is called "{target}"; {known}')
+        raise PlanError(f'method.targets: no linear module of this {shape.model_type} is called "{target}"; {known}')
 
 
 def _answers(module: str, target: str) -> bool:
@@ -92,16 +92,16 @@ def check_method(shape: ModelShape, method: Method, profile: Profile, *, sharded
     name, family = method.name, shape.model_type
     mixers = [block.mixer for block in shape.blocks]
     causal = all(not isinstance(mixer, Attention) or mixer.causal for mixer in mixers) and not shape.towers
-    own = name in ("ia3", "prefix", "prompt", "adapter") or name in ("lora", "qlora") and method.dora
-    if own and profile.name != "transformers":
-        raise NotCovered(f"method {'dora' if method.dora else name} is covered for transformers, not for {profile.name}.")
+    dora = method.dora and name in ("lora", "qlora")
+    if (dora or name in ("ia3", "prefix", "prompt", "adapter")) and profile.name != "transformers":
+        raise NotCovered(f"method {'dora' if dora else name} is covered for transformers, not for {profile.name}.")
     if name in ("prefix", "prompt", "adapter", "frozen") and not causal:
         raise NotCovered(f"method {name} is covered for decoders of text alone.")
     if name == "prefix" and (family in _NO_PREFIX or sharded):
         what = "with sharded parameters" if sharded else f"for {family} models, whose prefix peft makes too wide"
         raise NotCovered(f"method prefix is not covered {what}.")
     if name == "adapter" and family == "falcon":
-        raise NotCovered("method adapter is not covered for falcon models, whose branches are added to each other first.")
+        raise NotCovered("method adapter is not covered for falcon models, which add their branches to each other.")
     if method.train_embeddings and name == "qlora" and method.quantizes_head:
         raise NotCovered("a 4-bit output projection cannot train; leave out quantizes_head or train_embeddings.")
     if name == "frozen" and method.trainable_layers > len(shape.blocks):

@@ -385,4 +385,5 @@ KERNEL_SCRATCH: dict[Any, Callable[[Any], int]] = {
     torch.ops.aten._safe_softmax.default: _safe_softmax_scratch,
     torch.ops.aten.embedding_dense_backward.default: _embedding_backward_scratch,
     torch.ops.aten.sum.dim_IntList: _reduction_scratch,
+    torch.ops.aten.mean.dim: _reduction_scratch,
 }

@@ -69,7 +69,7 @@ def one_rank_of(ranks: int) -> Iterator[DeviceMesh]:
     if dist.is_initialized():
         raise PlanError("a sharded dry run needs a process without a process group of its own.")
     data_ptr = FakeTensor.data_ptr
-    # FSDP1 compares addresses to see whether a vector is whole (_runtime_utils.py, _catch_all_reshard); fake ones are 0.
+    # FSDP1 compares addresses to see whether a vector is whole (_runtime_utils.py, _catch_all_reshard); fakes have 0.
     FakeTensor.data_ptr = _address  # pyright: ignore[reportAttributeAccessIssue]
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
@@ -156,7 +156,8 @@ def _fsdp1(model: torch.nn.Module, sharding: Sharding, mesh: DeviceMesh) -> torc
 
     units = {id(block) for block in _blocks(model, sharding)}
     if not all(parameter.requires_grad for parameter in model.parameters()):
-        # peft/utils/other.py, fsdp_auto_wrap_policy: each adapter's linear is a unit too, as a flat vector has one format
+        # Each adapter's linear is a unit too, as a flat vector has one format (peft/utils/other.py,
+        # fsdp_auto_wrap_policy).
         units.update(id(module) for module in model.modules() if _is_trained_leaf(module))
     policy = None
     if sharding.param_dtype is not None or sharding.reduce_dtype is not None:

@@ -2,9 +2,8 @@
 
     adam, adamw, sgd, sgd-momentum,    torch.optim
     rmsprop, adagrad, torch-adafactor
-    adafactor                          transformers.optimization.Adafactor (what `TrainingArguments(optim="adafactor")`
-                                       runs)
-    muon                               torch.optim.Muon for the matrices inside the blocks, torch.optim.AdamW for the rest
+    adafactor                          transformers.optimization.Adafactor, which the Trainer's optim="adafactor" runs
+    muon                               torch.optim.Muon for the matrices inside the blocks, its AdamW for the rest
 """
 
 from __future__ import annotations

@@ -53,7 +53,9 @@ def build_causal_lm(config: Mapping[str, Any], *, layers: int | None = None) -> 
     # Said explicitly, because from_config would else prefer the dtype of the configuration.
     name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     if type(built) not in transformers.AutoModelForCausalLM._model_mapping:
-        raise NotCovered(f'transformers {transformers.__version__} has no causal language model of type "{model_type}".')
+        raise NotCovered(
+            f'transformers {transformers.__version__} has no causal language model of type "{model_type}".'
+        )
     return transformers.AutoModelForCausalLM.from_config(built, **{name: torch.get_default_dtype()})
 
 

@@ -20,6 +20,8 @@ __all__ = ["OPTIMIZERS", "OptimizerBytes", "optimizer_bytes"]
 
 EIGHT_BIT_BLOCK = 256  # bitsandbytes optimizer.py: blockwise quantisation of states, one fp32 absmax each
 EIGHT_BIT_SMALLEST = 4096  # min_8bit_size: smaller tensors keep fp32 states
+REDUCED_ROWS = 1024  # sums over so many rows are split over thread blocks, which combine them in a buffer
+REDUCTION_BUFFER_BYTES = 132 * 1024 * 1024  # its largest size: 1 MiB for each of an H200's multiprocessors
 PAGED_SMALLEST = 100_000  # get_state_buffer: smaller tensors are not paged
 
 
@@ -99,7 +101,7 @@ def _momentum(optimizer: Optimizer, tensors: Sequence[StateTensor], state_format
 
 
 def _lion(optimizer: Optimizer, tensors: Sequence[StateTensor], state_format: str) -> OptimizerBytes:
-    """exp_avg, n s. One tensor at a time: a clone of exp_avg and its sum with the gradient (arXiv:2302.06675, alg. 2)."""
+    """exp_avg, n s. One tensor at a time: a clone of exp_avg, its sum with the gradient (arXiv:2302.06675, alg. 2)."""
 
     def size(tensor: StateTensor) -> int:
         return tensor.elements * _width(tensor, state_format)
@@ -116,19 +118,24 @@ def _adafactor(optimizer: Optimizer, tensors: Sequence[StateTensor], state_forma
         the weight's copy                                                  4 n            0
         grad ** 2 beside its sum with eps, later the update beside it      8 n            8 n
         the update of the tensor before, still named                       4 n'           4 n'
-    A tensor's RMS is one fp32 number on the GPU.
+    or, instead of the last two, the sum with eps (4 n) and what its mean over 1024 rows or more takes: 8 n up to
+    132 MiB (`planner.measure.cuda_semantics`, measured on one H200). A tensor's RMS is one fp32 number on the GPU.
     """
 
     def state(tensor: StateTensor) -> int:
         if len(tensor.shape) < 2:
             return allocated_bytes(4 * tensor.elements) + allocated_bytes(4)
-        *rest, rows, columns = tensor.shape
+        rows, columns = tensor.shape[-2:]
         outer = tensor.elements // (rows * columns)
         return allocated_bytes(4 * outer * rows) + allocated_bytes(4 * outer * columns) + allocated_bytes(4)
 
     def temporaries(before: StateTensor | None, tensor: StateTensor) -> int:
         one = allocated_bytes(4 * tensor.elements)
-        return one * (4 if BITS[tensor.dtype] < 32 else 2) + (allocated_bytes(4 * before.elements) if before else 0)
+        copies = 2 * one if BITS[tensor.dtype] < 32 else 0
+        sums = 2 * one + (allocated_bytes(4 * before.elements) if before else 0)
+        reduces = len(tensor.shape) == 2 and tensor.shape[0] >= REDUCED_ROWS
+        mean = one + min(2 * one, REDUCTION_BUFFER_BYTES) if reduces else 0
+        return copies + max(sums, mean)
 
     return OptimizerBytes(
         states=sum(tensor.repeat * state(tensor) for tensor in tensors),

@@ -39,7 +39,8 @@ _LISTED_FOR_BOTH = frozenset(
 )  # fmt: skip
 _LISTED = {
     "ia3": _LISTED_FOR_BOTH | {"mixtral"},
-    "lora": _LISTED_FOR_BOTH | {"chatglm", "codegen", "electra", "gemma4", "mpt", "nemotron_h", "stablelm", "xlm-roberta"},
+    "lora": _LISTED_FOR_BOTH
+    | {"chatglm", "codegen", "electra", "gemma4", "mpt", "nemotron_h", "stablelm", "xlm-roberta"},
 }
 
 

@@ -80,7 +80,8 @@ def verdict(answer: Answer, unit: Any) -> None:
     held = answer["memory"]
     peak = f"peak_allocated {format_bytes(held['peak_allocated'], unit)}, " if "peak_allocated" in held else ""
     used, capacity = (format_bytes(held[name], unit) for name in ("device_used", "capacity"))
-    st.caption(f"On each GPU: {peak}device_used {used} of {capacity}.")
+    cached = " with what the allocator keeps cached, which the verdict does not count as needed" if peak else ""
+    st.caption(f"On each GPU of {capacity}: {peak}device_used {used}{cached}.")
 
 
 def refusal(sentence: str, previous: str | None) -> None:

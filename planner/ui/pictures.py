@@ -85,7 +85,7 @@ def draw(folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, figure in _pictures().items():
-        path = folder / f"{name}.svg"
+        path = Path(folder, f"{name}.svg")
         figure.update_layout(paper_bgcolor="#ffffff")  # readable on a dark page too
         path.write_text(svg_of(figure), encoding="utf-8")
         written.append(path)
