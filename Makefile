@@ -19,7 +19,7 @@ app: $(VENV)/.full
 	$(BIN)/streamlit run app.py
 
 figures: $(VENV)/.full
-	$(BIN)/python -m planner.figures docs/
+	$(BIN)/python -m planner.ui.pictures docs/images
 
 format: $(VENV)/.full
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .

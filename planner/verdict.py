@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["KNOWN_ERROR", "Verdict", "serving_verdict", "verdict_of"]
 
-# Half-width of the band around `peak_allocated`: nine in ten of the published runs that the project compares itself
-# with lie inside it (planner/evidence; tests/oracles/test_measured_runs.py holds it to that).
-KNOWN_ERROR = 0.06
+# Half-width of the band around `peak_allocated`: nine in ten of the measured runs that the project compares itself with
+# lie inside it (planner/evidence; tests/oracles/test_known_error.py holds it to that).
+KNOWN_ERROR = 0.03
 
 Outcome = Literal["fits", "tight", "does_not_fit"]
 

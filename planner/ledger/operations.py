@@ -195,17 +195,18 @@ class Operations(Tape):
         return self.to(result, x.dtype)
 
     def convolution(self, name: str, x: Tensor, dims: Dims, kernel: Dims, *, bias: bool = True) -> Tensor:
-        """A convolution, or one that cuts patches: saves x if its weight trains. cuDNN's workspace is not in it."""
+        """A convolution, with a bias. One formula gives all its gradients, so it saves x and the kernel whichever of
+        them trains (derivatives.yaml, convolution_backward). cuDNN's workspace is not in it.
+        """
         self.module = name
         weight = self.weight(f"{name}.weight", kernel)
         inputs: list[Tensor | Parameter] = [x, weight]
         if bias:
             inputs.append(self.weight(f"{name}.bias", kernel[:1]))
-        saves = [x if weight.trainable else None]
         if self.compute is not None:
             x = self.to(x, self.compute)
             inputs = [x, *(self.cast(part) for part in inputs[1:] if isinstance(part, Parameter))]
-            saves = [x if weight.trainable else None, inputs[1] if x.requires_grad else None]
+        saves = [value for value in inputs[:2] if isinstance(value, Tensor)]
         return self.apply("convolution", inputs, [(dims, x.dtype)], saves=saves)[0]
 
     def matmul(self, first: Tensor, second: Tensor, dims: Dims) -> Tensor:

@@ -57,7 +57,7 @@ def run_speech(
     context = normalise(t, encoder.final_norm, encoder.final_norm_name, _dense(t, flow.pop()))
     t.model_locals.clear()
     ids = t.constant("decoder_input_ids", ("B", "S"), "int64")
-    flow.append(_decoder_input(t, shape.embedding))
+    flow.append(_decoder_input(t, shape.embedding, ids))
     decoder = shape.blocks[0].mixer
     if t.attention == "eager" and isinstance(decoder, Attention):
         eager_mask(t, decoder, "S", flow[0].dtype)
@@ -152,19 +152,19 @@ def _encoder_input(t: Operations, encoder: Tower, features: Tensor) -> Tensor:
     return t.dropout(t.add(x, places), encoder.dropout)
 
 
-def _decoder_input(t: Operations, spec: Embedding) -> Tensor:
+def _decoder_input(t: Operations, spec: Embedding, ids: Tensor) -> Tensor:
     """Tokens + positions, both of which stay variables of the decoder's forward, as the positions' numbers do."""
     size = t.dim("H", spec.size)
     t.module = spec.name
     table = t.weight(f"{spec.name}.weight", (t.dim("V", spec.rows), size))
-    (tokens,) = t.apply("embedding", [table], [(("B", "S", size), table.dtype)])
+    (tokens,) = t.apply("embedding", [table], [(("B", "S", size), table.dtype)], saves=[ids])
     if t.inputs_require_grad and not tokens.requires_grad:
         tokens.requires_grad = True
         t.hold(tokens)
-    ids = t.constant("position_ids", ("B", "S"), "int64")
+    numbers = t.constant("position_ids", ("B", "S"), "int64")
     places = t.weight(f"{spec.position_name}.weight", (t.dim("positions", spec.positions), size))
-    (place,) = t.apply("index", [places], [(("B", "S", size), places.dtype)], saves=[ids])
-    t.model_locals.extend((tokens.storage, ids.storage, place.storage))
+    (place,) = t.apply("index", [places], [(("B", "S", size), places.dtype)], saves=[numbers])
+    t.model_locals.extend((tokens.storage, numbers.storage, place.storage))
     return t.dropout(t.add(tokens, place), spec.dropout)
 
 

@@ -385,9 +385,7 @@ def replay_config(
     )
 
 
-def trace(
-    model_or_plan: Any, *, model: torch.nn.Module | None = None, **options: Any
-) -> DryRun:
+def trace(model_or_plan: Any, *, model: torch.nn.Module | None = None, **options: Any) -> DryRun:
     """Replay a training step of a plan, of a module, or as a function of yours says.
 
     model_or_plan

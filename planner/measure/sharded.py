@@ -4,6 +4,12 @@ The engines' own Python decides when a weight is whole, when a buffer is freed a
 collectives only have the right shapes. The device is the CPU's fake one, on which the engines take the same path as
 on CUDA but for streams, and streams do not change when a tensor's last holder lets go: `memory_allocated` falls as
 soon as that happens, also for blocks that another stream still uses (c10/cuda/CUDACachingAllocator.cpp, `free`).
+
+Checked on one H200, torch 2.11.0 (2026-11-23): the same engines over the same process group on real CUDA tensors ask
+the allocator for the same bytes at every moment of a step (FSDP2, FSDP1 and DDP of a small Llama over 2 and 8 ranks;
+one moment of two of the seven steps differed, by 3 kB and, below 1024 tokens, by 0.1 %).
+
+Not counted: what the communication library itself takes outside PyTorch's allocator.
 """
 
 from __future__ import annotations

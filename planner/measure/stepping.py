@@ -1,9 +1,9 @@
 """Which library each optimizer of the dry run is, and how it is made for a model's parameters.
 
-    adam, adamw, sgd, sgd-momentum,    torch.optim
-    rmsprop, adagrad, torch-adafactor
-    adafactor                          transformers.optimization.Adafactor, which the Trainer's optim="adafactor" runs
-    muon                               torch.optim.Muon for the matrices inside the blocks, its AdamW for the rest
+adam, adamw, sgd, sgd-momentum,    torch.optim
+rmsprop, adagrad, torch-adafactor
+adafactor                          transformers.optimization.Adafactor, which the Trainer's optim="adafactor" runs
+muon                               torch.optim.Muon for the matrices inside the blocks, its AdamW for the rest
 """
 
 from __future__ import annotations
