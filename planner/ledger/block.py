@@ -13,8 +13,9 @@ from planner.ledger.mlp import feed_forward, feed_forward_inline
 from planner.ledger.moe import mixture_of_experts
 from planner.ledger.norm import normalise
 from planner.ledger.operations import Operations
+from planner.ledger.state_space import mix_by_chunk_scan, mix_by_selective_scan
 from planner.ledger.tape import Tensor
-from planner.model.shape import Attention, Block, GatedDeltaNet, LatentAttention, Mixer, Mlp, Moe
+from planner.model.shape import Attention, Block, GatedDeltaNet, LatentAttention, Mamba1, Mamba2, Mixer, Mlp, Moe
 
 __all__ = ["run_block"]
 
@@ -41,6 +42,10 @@ def mix(t: Operations, mixer: Mixer | None, x: Tensor) -> tuple[Tensor, Tensor |
         return attend_latent(t, mixer, x, x.dims[-1]), None
     if isinstance(mixer, GatedDeltaNet):
         return mix_by_delta_rule(t, mixer, x, x.dims[-1]), None
+    if isinstance(mixer, Mamba1):
+        return mix_by_selective_scan(t, mixer, x, x.dims[-1]), None
+    if isinstance(mixer, Mamba2):
+        return mix_by_chunk_scan(t, mixer, x, x.dims[-1]), None
     raise NotCovered(f"activations of {type(mixer).__name__} are not in the ledger.")
 
 
@@ -132,7 +137,11 @@ def _post_only(t: Operations, block: Block, x: Tensor) -> Tensor:
 
 def _single(t: Operations, block: Block, x: Tensor) -> Tensor:
     residual = x
-    x = normalise(t, block.norm, block.norm_names[0], x)
+    if block.residual_fp32:
+        x = normalise(t, block.norm, block.norm_names[0], t.to(x, t.weight_dtype(f"{block.norm_names[0]}.weight")))
+        residual = t.to(residual, "fp32")
+    else:
+        x = normalise(t, block.norm, block.norm_names[0], x)
     if block.mixer is None:
         x = transform(t, block.ffn, x)
     else:

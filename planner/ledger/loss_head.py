@@ -34,6 +34,8 @@ CrossEntropy = Callable[[Operations, Tensor, Tensor], Tensor]
 def project(t: Operations, head: Head, x: Tensor) -> Tensor:
     """Logits, (B, S, V), of normalised hidden states."""
     vocabulary = t.dim("V", head.rows)
+    if t.compute is None and not t.quantized(head.name):  # a stream kept in fp32 (Mamba) meets the weight's format
+        x = t.to(x, head_weight(t, head, x).dtype)
     if head.projection is not None:
         x = t.linear(head.projection_name, x, t.dim("P", head.projection))
     if not head.tied:

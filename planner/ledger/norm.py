@@ -106,5 +106,5 @@ def _inverse_rms(t: Operations, hidden: Tensor) -> Tensor:
 
 
 _WEIGHS_IN_FP32 = frozenset(
-    {"olmo2", "olmo3", "flex_olmo", "gpt_oss"}
+    {"olmo2", "olmo3", "flex_olmo", "gpt_oss", "nemotron_h"}
 )  # the weight meets the fp32 value, before the cast

@@ -123,7 +123,7 @@ def _base(
         shape=weight.shape,
         kind=weight.kind,
         dtype="fp32" if upcast else precision.weights,
-        trainable=method.name == "full",
+        trainable=method.name == "full" and not weight.frozen,
         repeat=repeat,
         unit="block" if in_block else "root",
         packed=packed,

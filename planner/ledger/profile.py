@@ -64,6 +64,7 @@ class Profile:
 # and these turn the projection's result to fp32 at once.
 _NO_UPCAST = ("gpt2", "gpt_bigcode", "gpt_neox", "opt", "bloom", "falcon", "mpt", "stablelm")
 _UPCAST_AT_ONCE = ("gptj", "codegen")
+_UPCAST_IN_5 = ("mamba", "mamba2", "falcon_mamba", "nemotron_h")  # lm_head(x).float() in 5.23, too
 _LOSSES_OF_4 = (*((name, "shift") for name in _NO_UPCAST), *((name, "float_at_once") for name in _UPCAST_AT_ONCE))
 
 _PROFILES: dict[str, tuple[Profile, ...]] = {
@@ -81,6 +82,7 @@ _PROFILES: dict[str, tuple[Profile, ...]] = {
         Profile(
             name="transformers",
             version="5.23",
+            losses=tuple((name, "flat_at_once") for name in _UPCAST_IN_5),
             source="transformers 5.23.0: modeling_llama.py, loss/loss_utils.py, integrations/sdpa_attention.py",
         ),
         Profile(

@@ -23,7 +23,7 @@ from planner.ledger.loss_head import cross_entropy, project
 from planner.ledger.mlp import activate
 from planner.ledger.norm import normalise
 from planner.ledger.operations import Operations
-from planner.ledger.tape import Tensor
+from planner.ledger.tape import Node, Tensor
 from planner.model.shape import Attention, Block, Embedding, Mlp, ModelShape, Tower
 
 __all__ = ["run_speech"]
@@ -49,15 +49,15 @@ def run_speech(
     t.dim("T", encoder.tokens)
     features = _spectrogram(t, encoder)
     live.append(features)
-    flow = [_encoder_input(t, encoder, features)]
+    ids = t.constant("decoder_input_ids", ("B", "S"), "int64")
+    flow = [_encoder_input(t, encoder, features, live)]
     del features
     order = _run_stack(t, encoder.blocks, flow, 1, _encoder_block, None, recomputed)
     middle = max(order, default=0) + 1
     _begin(t, middle)
     context = normalise(t, encoder.final_norm, encoder.final_norm_name, _dense(t, flow.pop()))
     t.model_locals.clear()
-    ids = t.constant("decoder_input_ids", ("B", "S"), "int64")
-    flow.append(_decoder_input(t, shape.embedding, ids))
+    flow.append(_decoder_input(t, shape.embedding, ids, live))
     decoder = shape.blocks[0].mixer
     if t.attention == "eager" and isinstance(decoder, Attention):
         eager_mask(t, decoder, "S", flow[0].dtype)
@@ -131,14 +131,21 @@ def _spectrogram(t: Operations, encoder: Tower) -> Tensor:
     return t.constant("input_features", ("B", t.dim("M", mels), frames), dtype)
 
 
-def _encoder_input(t: Operations, encoder: Tower, features: Tensor) -> Tensor:
+def _made_leaf(t: Operations, x: Tensor, live: list[Tensor]) -> None:
+    """Make x need a gradient where none of its weights trains (enable_input_require_grads): it then stays to the end,
+    and so does its gradient."""
+    if t.inputs_require_grad and not x.requires_grad:
+        x.requires_grad = True
+        x.node = Node("leaf", t.module, t.segment, 1)
+        live.append(x)
+
+
+def _encoder_input(t: Operations, encoder: Tower, features: Tensor, live: list[Tensor]) -> Tensor:
     """gelu(conv2(gelu(conv1(features)))) + positions, channels first in memory; the positions never train."""
     path = encoder.name.rpartition(".")[0]
     hidden, kernel = t.dim("H", encoder.hidden), t.dim("kernel", KERNEL)
     x = t.convolution(f"{path}.conv1", features, ("B", hidden, features.dims[2]), (hidden, features.dims[1], kernel))
-    if t.inputs_require_grad and not x.requires_grad:
-        x.requires_grad = True
-        t.hold(x)
+    _made_leaf(t, x, live)
     x = activate(t, "gelu", x)
     x = t.convolution(f"{path}.conv2", x, ("B", hidden, "T"), (hidden, hidden, kernel))
     x = activate(t, "gelu", x)
@@ -152,15 +159,13 @@ def _encoder_input(t: Operations, encoder: Tower, features: Tensor) -> Tensor:
     return t.dropout(t.add(x, places), encoder.dropout)
 
 
-def _decoder_input(t: Operations, spec: Embedding, ids: Tensor) -> Tensor:
+def _decoder_input(t: Operations, spec: Embedding, ids: Tensor, live: list[Tensor]) -> Tensor:
     """Tokens + positions, both of which stay variables of the decoder's forward, as the positions' numbers do."""
     size = t.dim("H", spec.size)
     t.module = spec.name
     table = t.weight(f"{spec.name}.weight", (t.dim("V", spec.rows), size))
     (tokens,) = t.apply("embedding", [table], [(("B", "S", size), table.dtype)], saves=[ids])
-    if t.inputs_require_grad and not tokens.requires_grad:
-        tokens.requires_grad = True
-        t.hold(tokens)
+    _made_leaf(t, tokens, live)
     numbers = t.constant("position_ids", ("B", "S"), "int64")
     places = t.weight(f"{spec.position_name}.weight", (t.dim("positions", spec.positions), size))
     (place,) = t.apply("index", [places], [(("B", "S", size), places.dtype)], saves=[numbers])

@@ -44,8 +44,9 @@ def mix_by_selective_scan(t: Operations, spec: Mamba1, x: Tensor, hidden: str) -
         into = normalise(t, norm, f"{name}.b_layernorm", into)
         out = normalise(t, norm, f"{name}.c_layernorm", out)
     t.module = f"{name}.dt_proj"
-    step = _permuted(t, t.product(step, t.weight(f"{t.module}.weight", (inner, rank)), (batch, sequence, inner)))
-    step = t.copy(t.view(step, stream.dims))
+    raised = t.product(step, t.weight(f"{t.module}.weight", (inner, rank)), (batch, sequence, inner))
+    step = t.copy(_permuted(t, raised, stream.dims))
+    del raised
     offset = _upcast(t, t.weight(f"{t.module}.bias", (inner,)))
     t.module = f"{name}.scan"
     core = _selective_scan(t, name, stream, step, offset, rates, into, out, gate)
@@ -129,17 +130,16 @@ def mix_by_chunk_scan(t: Operations, spec: Mamba2, x: Tensor, hidden: str) -> Te
     """The branch of a Mamba 2 mixer for x, (B, S, H). Mamba2Mixer.forward and its kin."""
     _check(t, spec)
     name, dtype = spec.name, x.dtype
-    batch, sequence = x.dims[:2]
+    row = x.dims[:2]
     inner, heads = t.dim("I", spec.inner), t.dim("M", spec.heads)
-    group = spec.groups * spec.state
-    wide, both = t.dim("I+2GN", spec.inner + 2 * group), t.dim("GN", group)
-    total = t.dim("2I+2GN+M", 2 * spec.inner + 2 * group + spec.heads)
+    shared = spec.groups * spec.state
+    both, wide = t.dim("GN", shared), t.dim("I+2GN", spec.inner + 2 * shared)
+    total = t.dim("2I+2GN+M", 2 * spec.inner + 2 * shared + spec.heads)
     projected = t.linear(f"{name}.in_proj", x, total, bias=spec.proj_bias)
     rates = _rates(t, name, (heads,))
-    row = (batch, sequence)
     gate, stream, step = t.split(projected, [(*row, inner), (*row, wide), (*row, heads)])
-    stream = _convolved(t, spec, t.view(stream, (batch, wide, sequence)))
-    parts = t.split(t.view(stream, (*row, wide)), [(*row, inner), (*row, both), (*row, both)])
+    stream = t.view(_convolved(t, spec, t.view(stream, (row[0], wide, row[1]))), (*row, wide))
+    parts = t.split(stream, [(*row, inner), (*row, both), (*row, both)])
     t.module = f"{name}.scan"
     core = _chunk_scan(t, spec, parts, step, rates)
     core = _gated_norm(t, spec, core, gate)
@@ -147,23 +147,160 @@ def mix_by_chunk_scan(t: Operations, spec: Mamba2, x: Tensor, hidden: str) -> Te
 
 
 def _chunk_scan(t: Operations, spec: Mamba2, parts: list[Tensor], step: Tensor, rates: Tensor) -> Tensor:
-    """mamba2_chunk_scan; (B, S, I) in fp32. All local variables live until the end."""
+    """mamba2_chunk_scan; (B, S, I), fp32. What comes in is turned to fp32, B and C repeated for every head, and all of
+    it padded to whole chunks: a copy even where nothing is added.
+    """
     values, keys, queries = parts
     batch, sequence, heads = step.dims
-    offset = t.weight(f"{spec.name}.dt_bias", (heads,))
     size, state = t.dim("P", spec.head_dim), t.dim("N", spec.state)
     by_head = (batch, sequence, heads, size)
-    step = _shifted(t, step, offset)
+    step = _shifted(t, step, t.weight(f"{spec.name}.dt_bias", (heads,)))
     step = t.map("softplus", step)
     (step,) = t.apply("clamp", [step], [(step.dims, step.dtype)], saves=[step], backward_scratch=[(step.dims, "bool")] * 2)
     values = t.to(t.view(values, by_head), "fp32")
-    keys = _for_each_head(t, spec, keys, state)
-    queries = _for_each_head(t, spec, queries, state)
+    keys, queries = _for_each_head(t, spec, keys, state), _for_each_head(t, spec, queries, state)
     padded = t.dim("S up to l", -(-t.sizes[sequence] // spec.chunk) * spec.chunk)
-    chunks, chunk = t.dim("n", t.sizes[padded] // spec.chunk), t.dim("l", spec.chunk)
-    skip = t.weight(f"{spec.name}.D", (heads,))
     long = (batch, padded, heads, size)
-    skipped = t.mul(t.weight_column(skip) if False else _head_column(skip), _padded(t, values, long), long)
+    skipped = t.mul(t.weight(f"{spec.name}.D", (heads,)), _padded(t, values, long), long)
     values = t.mul(values, t.to(t.view(step, (*step.dims, "1")), "fp32"), by_head)
     decay = t.mul(rates, t.to(step, "fp32"), step.dims)
-    return skipped if values is decay else _within_and_across(t, spec, values, decay, keys, queries, skipped)
+    chunked = (batch, t.dim("n", t.sizes[padded] // spec.chunk), t.dim("l", spec.chunk), heads)
+    values, decay, keys, queries = (
+        _permuted(t, _padded(t, values, long), (*chunked, size)),
+        t.view(_padded(t, decay, long[:3]), (batch, heads, *chunked[1:3])),
+        _permuted(t, _padded(t, keys, (*long[:3], state)), (*chunked, state)),
+        _permuted(t, _padded(t, queries, (*long[:3], state)), (*chunked, state)),
+    )
+    core = _scan_chunks(t, values, decay, keys, queries)
+    core = t.add(t.view(core, long), skipped)
+    return _cut(t, core, (batch, sequence, t.dim("I", spec.inner)))
+
+
+def _scan_chunks(t: Operations, values: Tensor, decay: Tensor, keys: Tensor, queries: Tensor) -> Tensor:
+    """Within each chunk as attention, across chunks by a matrix state: (B, n, l, M, P). Saved, in fp32:
+
+        exp of the pairwise sums, and the scores      (B, n, l, l, M)     3
+        C, B, B decayed and C again, in bmm's order   (B, n, l, M, N)     4, and B itself for the decay
+        values, in the order of two products          (B, n, l, M, P)     2
+        C times state, for the decay                  (B, n, l, M, P)     1
+        states, twice                                 (B, n, M, P, N)     (2 n + 1) / n
+    """
+    batch, chunks, chunk, heads, size = values.dims
+    state = keys.dims[-1]
+    total = t.apply("cumsum", [decay], [(decay.dims, "fp32")])[0]
+    within = t.map("exp", _segment_sum(t, decay), saves="output")
+    pairs = (batch, chunks, chunk, chunk, heads)
+    scores = t.matmul(t.copy(queries), t.copy(keys), pairs)
+    weights = t.mul(scores, t.view(within, pairs))
+    diagonal = _permuted(t, t.matmul(weights, t.copy(values), values.dims), values.dims)
+    to_end = t.map("exp", t.scale(total, "sub"), saves="output")
+    fading = t.mul(keys, t.view(to_end, (*values.dims[:4], "1")), keys.dims)
+    by_chunk = (batch, chunks, heads, size, state)
+    states = _permuted(t, t.matmul(t.copy(fading), t.copy(values), by_chunk), by_chunk)
+    before = t.constant("zeros_like", (batch, "1", heads, size, state), "fp32")
+    one_more = t.dim("n+1", t.sizes[chunks] + 1)
+    states = t.cat([before, states], (batch, one_more, heads, size, state))
+    ends = t.apply("pad", [total], [((batch, heads, one_more), "fp32")])
+    across = t.map("exp", _segment_sum(t, ends.pop()), saves="output")
+    states = _permuted(t, t.matmul(across, t.copy(states), states.dims), states.dims)
+    (states,) = t.slices(states, [by_chunk])
+    from_start = t.map("exp", total, saves="output")
+    read = _permuted(t, t.matmul(t.copy(queries), t.copy(states), values.dims), values.dims)
+    beyond = t.mul(read, t.view(from_start, (*values.dims[:4], "1")), values.dims)
+    return t.copy(t.add(diagonal, beyond))
+
+
+def _segment_sum(t: Operations, x: Tensor) -> Tensor:
+    """Sums over all stretches of the last dim, (..., l, l): two triangular masks, each kept inverted."""
+    pairs = ((*x.dims, x.dims[-1]), "fp32")
+    mask = ((x.dims[-1], x.dims[-1]), "bool")
+    lower = t.constant("tril", *mask)
+    (x,) = t.apply("masked_fill", [x], [pairs], extra_saved=[mask], raw_gradients=[pairs])
+    (x,) = t.apply("cumsum", [x], [pairs], backward_scratch=[pairs] * 2)
+    (x,) = t.apply("masked_fill", [x], [pairs], extra_saved=[mask])
+    del lower
+    return x
+
+
+def _for_each_head(t: Operations, spec: Mamba2, x: Tensor, state: str) -> Tensor:
+    """The groups' B or C in fp32, repeated for every head."""
+    row = x.dims[:2]
+    x = t.to(t.view(x, (*row, t.dim("G", spec.groups), state)), "fp32")
+    return t.copy(x, (*row, t.dim("M", spec.heads), state), "repeat_interleave")
+
+
+def _padded(t: Operations, x: Tensor, dims: Dims) -> Tensor:
+    return t.apply("pad", [x], [(dims, x.dtype)])[0]
+
+
+def _cut(t: Operations, x: Tensor, dims: Dims) -> Tensor:
+    """x without the padded positions: a view, whose gradient is written into zeros of the whole, if there are any."""
+    longer = t.sizes[x.dims[1]]
+    cut = t.dim("S up to l, if cut", longer * (longer > t.sizes[dims[1]]))
+    whole = ((x.dims[0], cut, *x.dims[2:]), x.dtype)
+    return t.apply("slice", [x], [(dims, x.dtype)], view=True, backward_scratch=[whole])[0]
+
+
+def _gated_norm(t: Operations, spec: Mamba2, x: Tensor, gate: Tensor) -> Tensor:
+    """weight * norm(x * silu(z)), by group, in fp32 all through as x is."""
+    t.module = f"{spec.name}.norm"
+    x = t.mul(x, t.map("silu", t.to(gate, "fp32")))
+    groups = "1" if t.family in _NORMS_TOGETHER else t.dim("G", spec.groups)
+    row = ((*x.dims[:2], groups, "1"), "fp32")
+    (mean,) = t.apply("mean", [t.map("pow", x)], [row])
+    scale = t.map("rsqrt", t.scale(mean, "add scalar"), saves="output")
+    x = t.view(t.mul(t.view(x, (*x.dims, "1")), scale, (*x.dims, "1")), x.dims)
+    return t.mul(t.weight(f"{t.module}.weight", (x.dims[-1],)), x)
+
+
+# ---- both -----------------------------------------------------------------------------------------------------------
+
+
+def _check(t: Operations, spec: Mamba1 | Mamba2) -> None:
+    if t.profile.name == "transformers" and not t.profile.version.startswith("5"):
+        raise NotCovered(f"state-space mixers of transformers {t.profile.version} are not in the ledger; those of 5 are.")
+    if isinstance(spec, Mamba1) and t.quantized(f"{spec.name}.dt_proj"):
+        raise NotCovered("Mamba 1 with 4-bit weights is not in the ledger: it multiplies with dt_proj outside its module.")
+
+
+def _rates(t: Operations, name: str, dims: Dims) -> Tensor:
+    """-exp(A_log), in fp32."""
+    log = _upcast(t, t.weight(f"{name}.A_log", dims))
+    return t.scale(t.apply("exp", [log], [(dims, "fp32")], saves_outputs=(0,))[0], "neg")
+
+
+def _upcast(t: Operations, weight: Parameter) -> Tensor | Parameter:
+    """weight.float()."""
+    return weight if weight.dtype == "fp32" else t.apply("to", [weight], [(weight.dims, "fp32")])[0]
+
+
+def _shifted(t: Operations, step: Tensor, offset: Tensor | Parameter) -> Tensor:
+    """step + offset.to(step.dtype), one offset a channel or head."""
+    if offset.dtype != step.dtype:
+        (offset,) = t.apply("to", [offset], [(offset.dims, step.dtype)])
+    whole = (step.dims, step.dtype)
+    return t.apply("add", [step, offset], [whole], alias=[True, False], raw_gradients=[None, whole])[0]
+
+
+def _permuted(t: Operations, x: Tensor, dims: Dims) -> Tensor:
+    """The same memory in another order of dims; the gradient is copied back into the first order."""
+    return t.apply("permute", [x], [(dims, x.dtype)], view=True, copies=True)[0]
+
+
+def _convolved(t: Operations, spec: Mamba1 | Mamba2, x: Tensor) -> Tensor:
+    """silu of a causal depthwise convolution of x, (B, C, S), computed for K - 1 positions too many and cut."""
+    batch, channels, sequence = x.dims
+    t.module = f"{spec.name}.conv1d"
+    weights: list[Tensor | Parameter] = [t.weight(f"{t.module}.weight", (channels, "1", t.dim("K", spec.conv)))]
+    if spec.conv_bias:
+        weights.append(t.weight(f"{t.module}.bias", (channels,)))
+    if t.compute is not None:
+        weights = [t.cast(weight) if weight.dtype != t.compute else weight for weight in weights]
+    longer = t.dim("S+K-1", t.sizes[sequence] + spec.conv - 1)
+    saves = [x, weights[0] if isinstance(weights[0], Tensor) else None]
+    (result,) = t.apply("convolution", [x, *weights], [((batch, channels, longer), x.dtype)], saves=saves)
+    (result,) = t.slices(result, [x.dims])
+    return t.map("silu", result)
+
+
+_NORMS_TOGETHER = frozenset({"granitemoehybrid", "bamba"})  # one norm over all groups

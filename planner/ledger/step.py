@@ -7,7 +7,7 @@ The record has one segment for the embedding, one for each distinct block, and o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ from planner.ledger.prompt_tuning import make_prefix, prepend_prompt
 from planner.ledger.tape import Storage, Tensor
 from planner.ledger.speech import run_speech
 from planner.ledger.targets import check_method
+from planner.ledger.vision import IMAGE_MODELS, embed_image, image_input
 from planner.model.shape import Attention, Block, LatentAttention, ModelShape
 from planner.plan import Method, Precision, Recompute
 
@@ -48,6 +49,7 @@ CATEGORIES = (
     "communication_buffers",
     "temporaries",
 )
+_INPUTS = ("input_ids", "pixel_values", "input_features", "labels")
 _TRAINED_CLASSES = {
     "bert": "BertForMaskedLM or BertForSequenceClassification",
     "roberta": "RobertaForMaskedLM or RobertaForSequenceClassification",
@@ -116,6 +118,8 @@ class StepRecord:
 def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
     """Record one pass. Raises NotCovered when the model has a part whose activations are not in the ledger."""
     check_method(shape, setting.method, setting.profile, sharded=setting.gathering is not None)
+    if shape.image is not None:
+        setting = replace(setting, sequence_length=shape.tokens)
     t = _tape(shape, setting)
     if any(isinstance(block.mixer, Attention) and block.mixer.sinks for block in shape.blocks):
         if setting.attention == "flash":
@@ -128,7 +132,8 @@ def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
     t.begin("forward", 0)
     t.enter("forward", 0)
     text = t.dim("text", setting.sequence_length) if setting.method.name == "prompt" else "S"
-    ids = t.constant("input_ids", ("B", text), "int64")
+    sees = shape.image is not None and shape.model_type in IMAGE_MODELS
+    ids = image_input(t, shape) if sees else t.constant("input_ids", ("B", text), "int64")
     if shape.embedding is not None:
         t.embedding_name = f"{shape.embedding.name}.weight"
     encoder = encoder_of(shape)
@@ -156,9 +161,9 @@ def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
     caller: list[Storage] = []  # local variables around the model's forward
     if setting.method.name == "prompt":
         t.virtual = partial(prepend_prompt, caller=caller)
-    x = _embedded(t, shape, text)
+    x = embed_image(t, shape, ids) if sees else _embedded(t, shape, text)
     _shared_tables(t, shape, x.dtype)
-    if t.family not in TEXT_ENCODERS:
+    if t.family not in TEXT_ENCODERS and not sees:
         shared_masks(t, shape, x.dtype)
     flow = [x]
     del x
@@ -485,7 +490,7 @@ def _categories(t: Operations, head: int, outlive: set[int]) -> NDArray[np.int64
             name = _OF_SHARDING[row.operator]
         elif row.role == "gradient" or position + 1 in kept:
             name = "gradients"
-        elif row.operator == "input_ids":
+        elif row.operator in _INPUTS:
             name = "inputs"
         elif row.module in ("loss", "lm_head"):
             name = "logits_and_loss"

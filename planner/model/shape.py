@@ -65,6 +65,7 @@ class Weight:
     shape: tuple[int, ...]
     component: Component
     kind: WeightKind
+    frozen: bool = False  # never trains, whatever the method (fixed sinusoids)
 
     @property
     def count(self) -> int:
@@ -269,6 +270,7 @@ class Block:
     dropout: float = 0.0  # on each branch before it is added
     mixer_dropout: bool = True  # False: `dropout` is on the feed-forward branch alone (DistilBERT)
     branch_scaled: bool = False  # each branch is multiplied by a constant before it is added (Granite)
+    residual_fp32: bool = False  # the stream between blocks is fp32, whatever format the weights have (Mamba)
     extra: tuple[Weight, ...] = ()  # weights of parts that have no kind of their own
 
 
@@ -375,6 +377,7 @@ class ModelShape:
     assumed: tuple[str, ...] = ()  # "key=value" for sizes the config leaves to the defaults of the reference class
     quantization: str | None = None  # how the published checkpoint is quantised; shapes are those before it
     tokens: int | None = None  # positions of the main stack where the model fixes them (ViT: patches and class token)
+    image: tuple[int, int, int] | None = None  # channels, height and width where the main stack sees one image
 
     def __hash__(self) -> int:
         """Of a few telling fields: equal shapes hash equally, and hashing a hundred blocks for a cache is not free."""

@@ -14,7 +14,7 @@ __all__ = ["READERS", "dt_rank"]
 # Initialisation and kernels: keys that change no tensor.
 _NO_TENSORS = {
     "steps": ("time_step_scale", "time_step_min", "time_step_max", "time_step_init_scheme", "time_step_floor"),
-    "limits": ("time_step_limit", "time_step_init", "rescale_prenorm_residual", "residual_in_fp32"),
+    "limits": ("time_step_limit", "time_step_init", "rescale_prenorm_residual"),
     "kernels": ("use_mambapy", "use_falcon_mambapy", "use_associative_scan", "use_mamba_kernels", "chunk_size"),
     "older names": ("intermediate_size", "d_inner", "d_model", "n_layer", "ssm_cfg", "bias", "conv_bias"),
     "norms": ("fused_add_norm", "rms_norm", "mixer_rms_eps", "norm_before_gate", "hidden_act"),
@@ -35,7 +35,10 @@ def _stack(view: ConfigView, trunk: Trunk, mixer: Mamba1 | Mamba2) -> ModelShape
     """Blocks of one norm and one mixer, under the names of the reference classes."""
     for keys in _NO_TENSORS.values():
         view.ignore(*keys)
-    block = Block(mixer=mixer, ffn=None, residual="single", norm=RMS_NORM, norm_names=("norm",))
+    upcast = view.bool("residual_in_fp32", True)
+    block = Block(
+        mixer=mixer, ffn=None, residual="single", norm=RMS_NORM, norm_names=("norm",), residual_fp32=upcast
+    )
     return assemble(
         view,
         trunk,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from planner.ledger.weights.convolution import convolution_weights
 from planner.ledger.weights.linear import linear_weights
-from planner.model.shape import Block, Head, ModelShape
+from planner.model.shape import Block, Head, ModelShape, Readout
 from planner.readers.config_view import ConfigView
 from planner.readers.families.decoder import LAYER_NORM, MOST_LAYERS, published_dtype, quantization_method
 from planner.readers.families.encoder import (
@@ -50,6 +50,8 @@ def _vit(view: ConfigView) -> ModelShape:
     base = "" if kind == "ViTModel" else "vit."
     hidden, dropout = view.int("hidden_size", 768), view.float("hidden_dropout_prob", 0.0, maximum=1.0)
     patches, side = square_patches(view, image=224, patch=16)
+    channels, pixels = view.int("num_channels", 3), view.int("image_size", 224)
+    readout = None
     view.ignore("encoder_stride", "pooler_act", "pooler_output_size")
     extra = (
         parameter(f"{base}embeddings.cls_token", 1, 1, hidden, component="embed_in"),
@@ -57,7 +59,7 @@ def _vit(view: ConfigView) -> ModelShape:
         *convolution_weights(
             f"{base}embeddings.patch_embeddings.projection",
             hidden,
-            view.int("num_channels", 3),
+            channels,
             (side, side),
             bias=True,
             component="embed_in",
@@ -65,6 +67,7 @@ def _vit(view: ConfigView) -> ModelShape:
     )
     if base:
         extra += linear_weights("classifier", labels(view), hidden, bias=True, component="other")
+        readout = Readout(task="labels", first=True, classes=labels(view), classifier="classifier")
     else:
         pooled = view.int("pooler_output_size", hidden)
         extra += linear_weights("pooler.dense", pooled, hidden, bias=True, component="other")
@@ -74,14 +77,15 @@ def _vit(view: ConfigView) -> ModelShape:
         hidden=hidden,
         blocks=(_block(view, hidden, dropout),) * view.int("num_hidden_layers", 12, maximum=MOST_LAYERS),
         embedding=None,
-        head=Head(rows=0, tied=False, norm=LAYER_NORM, norm_name=f"{base}layernorm"),
+        head=Head(rows=0, tied=False, norm=LAYER_NORM, norm_name=f"{base}layernorm", readout=readout),
         extra=extra,
         max_positions=patches + 1,
         tokens=patches + 1,
+        image=(channels, pixels, pixels),
         dtype=published_dtype(view),
         quantization=quantization_method(view),
         prefix=f"{base}layers",
-        uncovered=("patch embedding of the image", "pooler or classifier on the first position"),
+        uncovered=() if readout is not None else ("pooler on the first position",),
     )
 
 

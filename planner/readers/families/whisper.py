@@ -54,7 +54,10 @@ def _front(view: ConfigView, hidden: int, positions: int) -> tuple[Weight, ...]:
     return (
         *convolution_weights(f"{path}.conv1", hidden, mels, _KERNEL, bias=True, component="vision_or_audio"),
         *convolution_weights(f"{path}.conv2", hidden, hidden, _KERNEL, bias=True, component="vision_or_audio"),
-        parameter(f"{path}.embed_positions.weight", positions, hidden, kind="embedding", component="embed_in"),
+        replace(
+            parameter(f"{path}.embed_positions.weight", positions, hidden, kind="embedding", component="embed_in"),
+            frozen=True,
+        ),
     )
 
 
@@ -116,7 +119,6 @@ def _whisper(view: ConfigView) -> ModelShape:
         dtype=published_dtype(view),
         quantization=quantization_method(view),
         prefix="model.decoder.layers",
-        uncovered=("convolutions over the spectrogram",),
     )
 
 
