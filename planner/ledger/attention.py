@@ -523,6 +523,8 @@ def _eager(
         weights = t.add(weights, mask)
     if spec.sinks:
         weights = _softmax_with_sink(t, spec, weights)
+    elif t.family in _SOFTMAX_UNCAST:
+        weights = t.map("softmax", weights, saves="output")
     elif t.family in _SOFTMAX_IN_PLACE_FORMAT:
         weights = t.to(t.map("softmax", weights, saves="output"), value.dtype)  # autocast's softmax gives fp32
     else:
@@ -556,6 +558,7 @@ _REPEATS_TABLES = frozenset({"glm", "glm4", "ernie4_5_moe"})  # each layer sprea
 _UPCASTS_QUERIES = frozenset({"cohere", "cohere2", "ernie4_5_moe"})  # queries and keys are rotated in fp32
 _SLICED = frozenset({"phi3"})  # cut the fused projection by slices, each with a gradient of the full size
 _SCALES_QUERIES = frozenset({"opt"})  # scale queries by themselves, before the product
-_SOFTMAX_IN_PLACE_FORMAT = frozenset({"gpt2", "bert", "roberta", "xlm-roberta", "distilbert", "whisper"})  # softmax in the scores' own format
+_SOFTMAX_IN_PLACE_FORMAT = frozenset({"gpt2"})  # softmax in the scores' own format
 _HEADS_FIRST = frozenset({"whisper"})  # copy queries, keys and values so that heads come before positions
+_SOFTMAX_UNCAST = frozenset({"bert", "roberta", "xlm-roberta", "distilbert", "whisper"})  # the same, not cast after it
 _TURNS_HALVES = frozenset({"gpt_oss"})  # rotates halves by themselves and puts them together

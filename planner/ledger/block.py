@@ -74,7 +74,8 @@ def _sequential(t: Operations, block: Block, x: Tensor) -> Tensor:
         x = feed_forward_inline(t, block.ffn, held, residual.dims[-1])
     else:
         x = transform(t, block.ffn, x)
-    return t.add(residual, _branch(t, block, x))
+    x = _branch(t, block, x)
+    return t.add(residual, x)
 
 
 def _parallel(t: Operations, block: Block, x: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ class Operations(Tape):
         saves: Sequence[Tensor | None],
     ) -> Tensor:
         """x's gradient is a view of a product of two dims; a bias's is the incoming one, summed over all rows."""
-        viewed = [True, False, False]
+        viewed = [True, True, False]  # dx is reshaped, dW transposed
         if bias is None:
             return self.apply("linear", inputs, [result], saves=saves, viewed=viewed)[0]
         alias, raw = [False, False, True], [None, None, result]

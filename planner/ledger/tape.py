@@ -160,6 +160,7 @@ class Tape:
     saved: set[int] = field(default_factory=set)
     gradients: dict[str, Storage] = field(default_factory=dict)
     waiting: dict[str, Storage] = field(default_factory=dict)  # gradients of parameters that have more to come
+    waiting_views: set[str] = field(default_factory=set)
     uses: dict[str, int] = field(default_factory=dict)  # operations that will still give a parameter a gradient
     casts: dict[str, Tensor] = field(default_factory=dict)
     parameters: list[Parameter] = field(default_factory=list)
@@ -462,7 +463,7 @@ class Tape:
 
     def _deliver(self, edge: Edge, grad: Storage, viewed: bool = False) -> None:
         if edge.parameter is not None:
-            self._collect(edge, edge.parameter.name, grad)
+            self._collect(edge, edge.parameter.name, grad, viewed)
             return
         target = edge.target
         if target is None:
@@ -480,17 +481,20 @@ class Tape:
             target.grads[edge.output] = self.allocate("accumulate gradient", edge.dims, edge.dtype)
 
 
-    def _collect(self, edge: Edge, name: str, grad: Storage) -> None:
+    def _collect(self, edge: Edge, name: str, grad: Storage, viewed: bool) -> None:
         """A parameter's gradient: it waits until every use of the parameter has given its own, then counts.
 
         Two gradients of one parameter (a tied table) meet in the input buffer of its accumulation node, where they
-        are summed out of place: the first is a transposed view of a matrix product's result.
+        are summed out of place if the first is a view, as the transposed result of a matrix product is.
         """
         self.uses[name] -= 1
-        if name in self.waiting:
-            self.waiting[name] = self.allocate("accumulate gradient", edge.dims, edge.dtype, "gradient")
-        else:
+        if name not in self.waiting:
             self.waiting[name] = grad
+            if viewed:
+                self.waiting_views.add(name)
+        elif name in self.waiting_views:
+            self.waiting_views.remove(name)
+            self.waiting[name] = self.allocate("accumulate gradient", edge.dims, edge.dtype, "gradient")
         if self.uses[name] == 0:
             whole = self.waiting.pop(name)
             if not self.hooked and not self.accumulate:

@@ -51,6 +51,7 @@ def _with_positions(t: Operations, shape: ModelShape, path: str, projection: Wei
     base = path.rpartition(".patch_embeddings")[0]
     t.module = base
     token = t.weight(f"{base}.cls_token", ("1", "1", hidden))
+    embedded = t.to(embedded, token.dtype)  # autocast's cat takes the widest format
     whole = (("B", "S", hidden), embedded.dtype)
     (embedded,) = t.apply("cat", [embedded, token], [whole], alias=[True, False], viewed=[True, False])
     places = t.weight(f"{base}.position_embeddings", ("1", "S", hidden))

