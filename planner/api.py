@@ -12,7 +12,7 @@ from planner.model.adapter_targets import chosen_by, default_targets
 from planner.model.shape import ModelShape
 from planner.plan import ServingPlan, TrainingPlan
 from planner.readers.hardware_profiles import load_hardware, resolve_device
-from planner.readers.models import load_model
+from planner.readers.models import load_model, load_trained_model
 from planner.readers.plan_document import defaults_used, plan_from_mapping
 
 if TYPE_CHECKING:
@@ -31,17 +31,18 @@ def estimate(plan: Mapping[str, Any] | TrainingPlan | ServingPlan, *, fetch: boo
     Raises PlannerError with one sentence when the plan cannot be answered.
     """
     read = plan_from_mapping(plan)
-    shape = load_model(read.model, fetch=fetch)
     device, notes = _device(read.hardware.gpu)
     defaults = defaults_used(plan)
     if isinstance(read, ServingPlan):
         from planner.answer.serving import answer_serving
 
+        shape = load_model(read.model, fetch=fetch)
         return answer_serving(read, shape, device, defaults=defaults, notes=notes)
     from planner.answer.training import answer_training
 
+    shape, trained = load_trained_model(read.model, fetch=fetch)
     read, chosen = _with_targets(read, shape)
-    notes += chosen
+    notes += trained + chosen
     return answer_training(read, shape, device, defaults=defaults, notes=notes)
 
 

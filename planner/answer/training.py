@@ -108,7 +108,7 @@ def answer_training(
         terms=terms,
         capacity=device.memory_capacity_bytes,
         verdict=verdict,
-        assumptions=(*_training_assumptions(plan), *notes, *(f"default: {field}" for field in defaults)),
+        assumptions=(*_training_assumptions(plan), *_inputs(shape, plan), *notes, *(f"default: {field}" for field in defaults)),
         warnings=(*model_warnings(shape), *_plan_warnings(plan), *NOT_MODELLED),
         next_commands=_next_training(plan, verdict),
     )
@@ -144,6 +144,22 @@ def _training_assumptions(plan: TrainingPlan) -> tuple[str, ...]:
         "no sharding, one rank" if data == 1 else sharding,
         "packed sequences of the full length; steady state (the second step on)",
     )
+
+
+def _inputs(shape: ModelShape, plan: TrainingPlan) -> tuple[str, ...]:
+    """What one example is, where it is not a sequence of as many tokens as the plan says."""
+    if shape.image is not None:
+        channels, height, width = shape.image
+        return (
+            f"micro_batch_size counts images of {channels} x {height} x {width} pixels, {shape.tokens} tokens each; "
+            "sequence_length does not apply",
+        )
+    audio = next((tower for tower in shape.towers if tower.role == "encoder" and tower.tokens is not None), None)
+    if audio is not None:
+        return (
+            f"sequence_length {plan.data.sequence_length} is the decoder's; the encoder has {audio.tokens} positions",
+        )
+    return ()
 
 
 def _plan_warnings(plan: TrainingPlan) -> tuple[str, ...]:

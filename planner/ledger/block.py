@@ -5,8 +5,8 @@ from __future__ import annotations
 from planner.errors import NotCovered
 from planner.ledger.attention import attend
 from planner.ledger.attention_families import OWN_ATTENTION
-from planner.ledger.encoders import TEXT_ENCODERS, run_encoder_block
 from planner.ledger.bottleneck import ADAPTER_NAMES, bottleneck
+from planner.ledger.encoders import TEXT_ENCODERS, run_encoder_block
 from planner.ledger.latent_attention import attend_latent
 from planner.ledger.linear_attention import mix_by_delta_rule
 from planner.ledger.mlp import feed_forward, feed_forward_inline

@@ -9,7 +9,9 @@ Letters: B batch, S sequence, H hidden, F feed-forward width, V vocabulary.
 
 from __future__ import annotations
 
-from planner.errors import NotCovered
+import numpy as np
+
+from planner.errors import NotCovered, PlanError
 from planner.ledger.attention import heads_merged
 from planner.ledger.loss_head import cross_entropy, project
 from planner.ledger.mlp import activate
@@ -18,9 +20,10 @@ from planner.ledger.operations import Operations
 from planner.ledger.tape import Tensor
 from planner.model.shape import Attention, Block, Embedding, Head, Mlp
 
-__all__ = ["TEXT_ENCODERS", "embed_text", "run_encoder_block", "trained_loss"]
+__all__ = ["TEXT_ENCODERS", "check_positions", "embed_text", "run_encoder_block", "trained_loss"]
 
 _COUNTS_POSITIONS = frozenset({"roberta", "xlm-roberta"})  # along each example, as padding has no position
+_POSITIONS_BEFORE_FIRST = dict.fromkeys(_COUNTS_POSITIONS, 2)  # pad_token_id 1: padding's row and one that is unused
 TEXT_ENCODERS = frozenset({"bert", "distilbert", *_COUNTS_POSITIONS})
 
 
@@ -34,7 +37,18 @@ def embed_text(t: Operations, spec: Embedding) -> Tensor:
     return x
 
 
+def check_positions(t: Operations, spec: Embedding) -> None:
+    """Raise PlanError for a sequence (of a grid: the longest) that has no row for each position in the table."""
+    unused = _POSITIONS_BEFORE_FIRST.get(t.family, 0)
+    longest = int(np.max(t.sizes["S"]))
+    if longest > spec.positions - unused:
+        raise PlanError(
+            f"sequence_length {longest} is beyond the {spec.positions - unused} positions that this {t.family} model has."
+        )
+
+
 def _summed(t: Operations, spec: Embedding) -> Tensor:
+    check_positions(t, spec)
     size = t.dim("H", spec.size)
     t.module = spec.name
     rows_of = "B" if t.family in _COUNTS_POSITIONS else "1"

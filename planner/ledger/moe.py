@@ -25,7 +25,7 @@ Routing = tuple[Tensor, Tensor, Tensor]  # logits, weights of the chosen experts
 def mixture_of_experts(t: Operations, moe: Moe, x: Tensor, hidden: str) -> Tensor:
     """The layer's output for x, (B, S, H)."""
     route = _ROUTERS.get(moe.routing)
-    if route is None or moe.layout == "rows" or moe.latent or moe.every_expert:
+    if route is None or moe.layout == "rows" or moe.every_expert:
         raise NotCovered("the activations of this kind of mixture of experts are not in the ledger.")
     if not moe.stacked:
         return _one_by_one(t, moe, x, hidden)
@@ -38,7 +38,11 @@ def mixture_of_experts(t: Operations, moe: Moe, x: Tensor, hidden: str) -> Tenso
         shared = feed_forward(t, moe.shared, x, hidden)
     residual = x
     logits, weights, index = route(t, moe, x)
+    if moe.latent:
+        x = t.linear(moe.latent_names[0], x, t.dim("latent", moe.latent), bias=moe.latent_bias)
     x = _experts(t, moe, x, index, weights)
+    if moe.latent:
+        x = t.linear(moe.latent_names[1], x, hidden, bias=moe.latent_bias)
     del logits  # the block's `_`
     if moe.shared is None:
         return x

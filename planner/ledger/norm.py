@@ -6,7 +6,7 @@ Letters: B batch, S sequence, H hidden.
 from __future__ import annotations
 
 from planner.ledger.operations import Operations
-from planner.ledger.tape import Tensor
+from planner.ledger.tape import Parameter, Tensor
 from planner.model.shape import Norm
 
 __all__ = ["normalise"]
@@ -54,7 +54,10 @@ def _rmsnorm(t: Operations, norm: Norm, name: str, x: Tensor) -> Tensor:
     hidden = t.mul(hidden, scale)
     del scale
     if t.family in _WEIGHS_IN_FP32:
-        return t.to(t.mul(t.weight(name + ".weight", (x.dims[-1],)), hidden), dtype)
+        weight: Parameter | Tensor = t.weight(name + ".weight", (x.dims[-1],))
+        if t.family in _UPCASTS_WEIGHT and weight.dtype != "fp32":
+            (weight,) = t.apply("to", [weight], [(weight.dims, "fp32")])
+        return t.to(t.mul(weight, hidden), dtype)
     hidden = t.to(hidden, dtype)
     return t.mul(t.weight(name + ".weight", (x.dims[-1],)), hidden) if norm.affine else hidden
 
@@ -108,3 +111,4 @@ def _inverse_rms(t: Operations, hidden: Tensor) -> Tensor:
 _WEIGHS_IN_FP32 = frozenset(
     {"olmo2", "olmo3", "flex_olmo", "gpt_oss", "nemotron_h"}
 )  # the weight meets the fp32 value, before the cast
+_UPCASTS_WEIGHT = frozenset({"nemotron_h"})  # and is itself turned to fp32 first

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from planner.formats import promote
 from planner.ledger.profile import Profile, profile_named
-from planner.plan import Method
 from planner.ledger.tape import Dims, Parameter, Storage, Tape, Tensor, trains
+from planner.plan import Method
 
 __all__ = ["Operations"]
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 from planner.errors import NotCovered
 from planner.ledger.attention import core_and_weights, eager_mask
+from planner.ledger.encoders import check_positions
 from planner.ledger.loss_head import cross_entropy, project
 from planner.ledger.mlp import activate
 from planner.ledger.norm import normalise
@@ -161,6 +162,7 @@ def _encoder_input(t: Operations, encoder: Tower, features: Tensor, live: list[T
 
 def _decoder_input(t: Operations, spec: Embedding, ids: Tensor, live: list[Tensor]) -> Tensor:
     """Tokens + positions, both of which stay variables of the decoder's forward, as the positions' numbers do."""
+    check_positions(t, spec)
     size = t.dim("H", spec.size)
     t.module = spec.name
     table = t.weight(f"{spec.name}.weight", (t.dim("V", spec.rows), size))

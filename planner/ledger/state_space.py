@@ -81,37 +81,35 @@ def _selective_scan(
     return t.mul(core, t.map("silu", gate))
 
 
-def _scanned(t: Operations, decay: Tensor, drive: Tensor, out: Tensor, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
+def _scanned(t: Operations, decay: Tensor, drive: Tensor, out: Tensor, dtype: str) -> tuple[Tensor, Tensor, Tensor | None]:
     """The loop over positions: state = decay[s] * state + drive[s]; output[s] = state.to(dtype) @ C[s].
 
     Returns the stacked outputs, (B, I, S); and what lives on in local variables: each position's output, and the last
-    state. Kept for each position, (B, I, N) each: the state before it, in fp32, for the gradient of its decay (the
+    state where it is not kept anyhow. Kept for each position, (B, I, N) each: the state before it, in fp32, for the gradient of its decay (the
     zeros before the first are in `dtype`), and the state after it in `dtype`, for the gradient of C: one and the same
     tensor where `dtype` is fp32.
 
     Backward writes the gradient of every slice into zeros of the whole, (B, I, S, N), and adds that to the sum: three
-    whole tensors at once, the sums for decay and for drive and one slice's. When they first meet, the last position's
-    states have gone and its gradient is there: together one fp32 state less.
+    whole tensors at once, the sums for decay and for drive and one slice's. When they first meet, two positions' states
+    have gone and two gradients of a state are there: less by one fp32 state, or by none where `dtype` is fp32.
     """
     batch, inner, sequence, state = decay.dims
     one = (batch, inner, state)
     wide = (decay.dims, "fp32")
     fewer = t.dim("S-1", t.sizes[sequence] - 1)
-    kept: list[tuple[Dims, str]] = [(one, dtype)]
-    if dtype == "fp32":
-        kept.append(_each(t, sequence, one, "fp32"))
-    else:
-        kept += [_each(t, fewer, one, "fp32"), _each(t, sequence, one, dtype)]
+    same = dtype == "fp32"
+    states = [_each(t, sequence, one, dtype)] if same else [_each(t, fewer, one, "fp32"), _each(t, sequence, one, dtype)]
+    kept = [(one, dtype), *states]
     flows = t.enabled and (trains(decay) or trains(drive) or trains(out))
     outputs = t.constant("outputs", *_each(t, sequence, (batch, inner), dtype))
-    last = t.constant("last state", one, "fp32")
+    last = None if same and flows else t.constant("last state", one, "fp32")
     (core,) = t.apply(
         "scan",
         [decay, drive, out],
         [((batch, inner, sequence), dtype)],
         saves=[decay, out],
         extra_saved=kept if flows else (),
-        backward_scratch=[((batch, inner, fewer, state), "fp32")],
+        backward_scratch=[((batch, inner, sequence if same else fewer, state), "fp32")],
         gradient_dims=[wide, wide, None],
     )
     return core, outputs, last

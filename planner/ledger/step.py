@@ -21,8 +21,8 @@ from planner.ledger.attention import rotary_tables, shared_masks
 from planner.ledger.attention_families import attention_of
 from planner.ledger.block import run_block
 from planner.ledger.embedding import embed
-from planner.ledger.encoders import TEXT_ENCODERS, embed_text, trained_loss
 from planner.ledger.encoder_decoder import encoder_of, run_encoder_decoder
+from planner.ledger.encoders import TEXT_ENCODERS, embed_text, trained_loss
 from planner.ledger.gathering import Gathering, ShardedOperations, Unit
 from planner.ledger.loss_head import loss_of
 from planner.ledger.megatron import megatron_block, megatron_embed, megatron_loss
@@ -31,14 +31,14 @@ from planner.ledger.operations import Operations
 from planner.ledger.parameters import StateTensor, block_tensors, state_tensors, trained_around
 from planner.ledger.profile import Profile
 from planner.ledger.prompt_tuning import make_prefix, prepend_prompt
-from planner.ledger.tape import Storage, Tensor
 from planner.ledger.speech import run_speech
+from planner.ledger.tape import Storage, Tensor
 from planner.ledger.targets import check_method
 from planner.ledger.vision import IMAGE_MODELS, embed_image, image_input
 from planner.model.shape import Attention, Block, LatentAttention, ModelShape
 from planner.plan import Method, Precision, Recompute
 
-__all__ = ["CATEGORIES", "Setting", "Stretch", "StepRecord", "record_step"]
+__all__ = ["CATEGORIES", "Setting", "StepRecord", "Stretch", "record_step"]
 
 CATEGORIES = (
     "inputs",

@@ -275,8 +275,8 @@ class Tape:
                     shared = alias if isinstance(alias, bool) else alias[position]
                     edge = _edge(value, size or (value.dims, value.dtype), shared or (view and not copies))
                     edge.raw = raw_gradients[position] if raw_gradients else None
-                    edge.alias = edge.alias or shared and edge.raw is not None
-                    edge.viewed = view and not copies or (viewed if isinstance(viewed, bool) else viewed[position])
+                    edge.alias = edge.alias or (shared and edge.raw is not None)
+                    edge.viewed = (view and not copies) or (viewed if isinstance(viewed, bool) else viewed[position])
                     edge.memory = gradients_in[position] if gradients_in else None
                     node.edges.append(edge)
                     if edge.parameter is not None:
@@ -443,7 +443,7 @@ class Tape:
         node.saved.clear()
         node.grads.clear()
         for edge in node.edges:
-            self._deliver(edge, produced.pop(0), edge.viewed or through and edge.alias and edge.raw is None)
+            self._deliver(edge, produced.pop(0), edge.viewed or (through and edge.alias and edge.raw is None))
 
     def _reduction_buffer(self, operator: str, edge: Edge) -> Storage | None:
         """Where thread blocks combine a sum over leading dims, as for the gradients of biases and norm weights.

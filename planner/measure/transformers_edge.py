@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from planner.errors import ModelConfigError, NotCovered
 from planner.measure.cuda_semantics import flash_attention
+from planner.readers.models import MASKED_CLASSES
 
 __all__ = ["build_causal_lm", "with_adapters", "without_gpu_checks"]
 
@@ -52,6 +53,11 @@ def build_causal_lm(config: Mapping[str, Any], *, layers: int | None = None) -> 
             text.layer_types = text.layer_types[:layers]
     # Said explicitly, because from_config would else prefer the dtype of the configuration.
     name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+    if model_type in MASKED_CLASSES:
+        stated = list(config.get("architectures") or [MASKED_CLASSES[model_type]])
+        if stated[0] != MASKED_CLASSES[model_type]:
+            raise NotCovered(f"the dry run of a {model_type} model replays {MASKED_CLASSES[model_type]}, not {stated[0]}.")
+        return transformers.AutoModelForMaskedLM.from_config(built, **{name: torch.get_default_dtype()})
     if type(built) not in transformers.AutoModelForCausalLM._model_mapping:
         raise NotCovered(
             f'transformers {transformers.__version__} has no causal language model of type "{model_type}".'
@@ -63,7 +69,8 @@ def with_adapters(model: torch.nn.Module, lora: Mapping[str, Any]) -> torch.nn.M
     """`model` (on the meta device) wrapped by peft with LoRA adapters, its other weights frozen."""
     import peft
 
-    return peft.get_peft_model(model, peft.LoraConfig(**{"task_type": "CAUSAL_LM", **lora}))  # pyright: ignore
+    task = "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None
+    return peft.get_peft_model(model, peft.LoraConfig(**{"task_type": task, **lora}))  # pyright: ignore
 
 
 @contextmanager

@@ -392,6 +392,10 @@ class ConfigView:
         self._asked.add(key)
         return self._mapping.get(key) == expected
 
+    def assume(self, line: builtins.str) -> None:
+        """Note a choice that the config leaves open: "key=value"."""
+        self._assumed.append(line)
+
     def assumed(self) -> tuple[builtins.str, ...]:
         """Sizes and names that the config does not state, with the class default that was used: "key=value"."""
         return tuple(dict.fromkeys(self._assumed)) + tuple(

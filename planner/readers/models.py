@@ -14,7 +14,15 @@ from planner.model.catalogue import find_entry, hub_id, nearest_names
 from planner.model.shape import ModelShape
 from planner.readers.hf_config import cached_config_path, shape_from_config, shape_from_hub, shape_from_path
 
-__all__ = ["load_model"]
+__all__ = ["MASKED_CLASSES", "load_model", "load_trained_model"]
+
+# Encoders whose bare class has no loss, and the class of theirs that is pre-trained.
+MASKED_CLASSES = {
+    "bert": "BertForMaskedLM",
+    "distilbert": "DistilBertForMaskedLM",
+    "roberta": "RobertaForMaskedLM",
+    "xlm-roberta": "XLMRobertaForMaskedLM",
+}
 
 _LONGEST_NAME = 4096
 
@@ -56,6 +64,24 @@ def load_model(model: str | os.PathLike[str] | Mapping[str, Any], *, fetch: bool
         f'"{text[:120]}" is not in the catalogue, no path and not in the local Hugging Face cache; {hint}'
         "`planner models` lists the catalogue, --fetch reads a config from the hub."
     )
+
+
+def load_trained_model(
+    model: str | os.PathLike[str] | Mapping[str, Any], *, fetch: bool = False
+) -> tuple[ModelShape, tuple[str, ...]]:
+    """The shape that a training step runs, and what choosing it assumed.
+
+    It is `load_model`'s, but for an encoder whose config names no class: that trains as the masked language model of
+    its family. Raises what `load_model` raises.
+    """
+    shape = load_model(model, fetch=fetch)
+    kind = MASKED_CLASSES.get(shape.model_type)
+    entry = find_entry(model.strip()) if isinstance(model, str) else None
+    config = model if isinstance(model, Mapping) else entry.config if entry is not None else None
+    if kind is None or config is None or config.get("architectures"):
+        return shape, ()
+    trained = shape_from_config({**config, "architectures": [kind]}, shape.name)
+    return replace(trained, source=shape.source), (f"trained as {kind}, as the model names no class of its own",)
 
 
 @lru_cache(maxsize=256)

@@ -16,7 +16,10 @@ def architecture(view: ConfigView, default: str, among: tuple[str, ...]) -> str:
 
     Raises ModelConfigError for a class outside `among`: another head means other weights.
     """
-    named = view.strings("architectures") or [default]
+    stated = view.strings("architectures")
+    named = stated or [default]
+    if not stated:
+        view.assume(f"architectures={default}")
     if named[0] not in among:
         raise ModelConfigError(f"{view.owner} config: the class {named[0]} is not covered; {nearest(named[0], among)}")
     return named[0]

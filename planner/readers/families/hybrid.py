@@ -259,6 +259,8 @@ def _nemotron_experts(view: ConfigView, plain: Mlp) -> Moe:
         router_name="mixer.gate",
         experts_name="mixer.experts",
         expert_names=("up_proj", "down_proj"),
+        routing="deepseek_v3",
+        normalises_weights=view.bool("norm_topk_prob", True),
         latent=view.maybe_int("moe_latent_size", None),
         latent_bias=plain.up_bias,
         shared=replace(plain, width=shared, names=("mixer.shared_experts.up_proj", "mixer.shared_experts.down_proj"))
