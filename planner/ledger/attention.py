@@ -171,6 +171,9 @@ def rotate_both(t: Operations, spec: Attention, query: Tensor, key: Tensor) -> t
     shared = t.rotary
     if t.family in _REPEATS_TABLES:
         t.rotary = tuple(t.constant("repeat_interleave", table.dims, table.dtype) for table in shared)
+    if t.family in _UPCASTS_TWICE:
+        query, key = _turned_in_fp32(t, spec, query), _turned_in_fp32(t, spec, key)
+        return t.to(query, dtype), t.to(key, dtype)
     if t.family in _UPCASTS_QUERIES:
         query, key = t.to(query, "fp32"), t.to(key, "fp32")
     query, key = rotate(t, spec, query), rotate(t, spec, key)
@@ -196,6 +199,13 @@ def rotate(t: Operations, spec: Attention, x: Tensor) -> Tensor:
 def _concatenates(t: Operations, spec: Attention) -> bool:
     """Whether the rotated part is put together with a rest, even an empty one: the result has heads first."""
     return 0 < spec.rotary_dim < spec.head_dim or (bool(spec.rotary_dim) and t.family in _ALWAYS_CONCATENATES)
+
+
+def _turned_in_fp32(t: Operations, spec: Attention, x: Tensor) -> Tensor:
+    """x.float() * cos + rotate_half(x.float()) * sin, each copy for itself."""
+    cos, sin = t.rotary
+    first = t.mul(t.to(x, "fp32"), cos, x.dims)
+    return t.add(first, t.mul(_rotate_half(t, spec, t.to(x, "fp32")), sin, x.dims))
 
 
 def turn(t: Operations, spec: Attention, x: Tensor) -> Tensor:
@@ -245,7 +255,10 @@ def shared_masks(t: Operations, shape: ModelShape, dtype: str) -> None:
     do, else a boolean one, (1, 1, S, S). flash: none.
     """
     t.module = "mask"
-    t.shared("position_ids", ("1", "S"), "int64")
+    if t.family in _COUNTS_ONE_SIDE:  # its blocks are not given the positions
+        t.model_locals.append(t.constant("position_ids", ("1", "S"), "int64").storage)
+    else:
+        t.shared("position_ids", ("1", "S"), "int64")
     for block in dict.fromkeys(shape.blocks):
         if isinstance(block.mixer, Attention):
             if t.family in ("bloom", "falcon") and block.mixer.position_bias == "alibi":
@@ -261,7 +274,8 @@ def shared_masks(t: Operations, shape: ModelShape, dtype: str) -> None:
 
 
 def _mask(t: Operations, spec: Attention, queries: str, keys: str, dtype: str) -> Tensor | None:
-    window = spec.window if reaches(t, keys, spec.window) and t.family != "gpt_neo" else None
+    window = spec.window // 2 if spec.window and t.family in _COUNTS_ONE_SIDE else spec.window
+    window = window if reaches(t, keys, window) and t.family != "gpt_neo" else None
     if t.family == "falcon":
         return _falcon_mask(t, spec, keys, dtype)
     if t.attention == "flash" or spec.cross or (not spec.causal and window is None):
@@ -553,12 +567,14 @@ def _softmax_with_sink(t: Operations, spec: Attention, weights: Tensor) -> Tenso
 _ALWAYS_CONCATENATES = frozenset({"gpt_neox", "phi", "phi3", "stablelm", "nemotron", "glm", "glm4", "minimax_m2"})
 _ROTATES_INLINE = frozenset({"phi"})  # in the attention's own forward, whose variables live on
 _FP32_TABLES = frozenset({"olmo", "olmo2", "olmo3", "ernie4_5_moe"})
-_TWO_TABLES = frozenset({"gemma3_text", "olmo3"})  # one for sliding layers, one for the others
+_TWO_TABLES = frozenset({"gemma3_text", "olmo3", "modernbert"})  # one for sliding layers, one for the others
 _REPEATS_TABLES = frozenset({"glm", "glm4", "ernie4_5_moe"})  # each layer spreads cos and sin over pairs for itself
 _UPCASTS_QUERIES = frozenset({"cohere", "cohere2", "ernie4_5_moe"})  # queries and keys are rotated in fp32
 _SLICED = frozenset({"phi3"})  # cut the fused projection by slices, each with a gradient of the full size
 _SCALES_QUERIES = frozenset({"opt"})  # scale queries by themselves, before the product
 _SOFTMAX_IN_PLACE_FORMAT = frozenset({"gpt2"})  # softmax in the scores' own format
+_UPCASTS_TWICE = frozenset({"modernbert"})  # the same, with a copy for each of the two products
+_COUNTS_ONE_SIDE = frozenset({"modernbert"})  # skip the mask only for sequences within one side of the window
 _HEADS_FIRST = frozenset({"whisper"})  # copy queries, keys and values so that heads come before positions
 _SOFTMAX_UNCAST = frozenset({"bert", "roberta", "xlm-roberta", "distilbert", "whisper"})  # the same, not cast after it
 _TURNS_HALVES = frozenset({"gpt_oss"})  # rotates halves by themselves and puts them together

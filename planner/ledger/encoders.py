@@ -12,28 +12,48 @@ from __future__ import annotations
 import numpy as np
 
 from planner.errors import NotCovered, PlanError
-from planner.ledger.attention import heads_merged
+from planner.ledger.attention import attend, heads_merged
 from planner.ledger.loss_head import cross_entropy, project
 from planner.ledger.mlp import activate
 from planner.ledger.norm import normalise
 from planner.ledger.operations import Operations
+from planner.ledger.profile import profile_named
 from planner.ledger.tape import Tensor
 from planner.model.shape import Attention, Block, Embedding, Head, Mlp
 
-__all__ = ["TEXT_ENCODERS", "check_positions", "embed_text", "run_encoder_block", "trained_loss"]
+__all__ = ["TEXT_ENCODERS", "WITHOUT_MASKS", "check_positions", "check_setting", "embed_text", "run_encoder_block", "trained_loss"]
 
 _COUNTS_POSITIONS = frozenset({"roberta", "xlm-roberta"})  # along each example, as padding has no position
 _POSITIONS_BEFORE_FIRST = dict.fromkeys(_COUNTS_POSITIONS, 2)  # pad_token_id 1: padding's row and one that is unused
-TEXT_ENCODERS = frozenset({"bert", "distilbert", *_COUNTS_POSITIONS})
+WITHOUT_MASKS = frozenset({"bert", "distilbert", *_COUNTS_POSITIONS})
+TEXT_ENCODERS = WITHOUT_MASKS | {"modernbert"}
+
+
+def check_setting(t: Operations, family: str, loss: str) -> None:
+    """Raise NotCovered for modules and losses other than the newest transformers' own, and for packed weights."""
+    newest = profile_named("transformers")
+    used = f"{t.profile.name} {t.profile.version}"
+    if t.profile.kernels is not None:
+        used = f"the kernels of {t.profile.kernels}"
+    if t.profile != newest:
+        raise NotCovered(f"{family} models are in the ledger as transformers {newest.version} runs them, not with {used}.")
+    if loss != "default":
+        raise NotCovered(f"{family} models are in the ledger with their default loss, not with {loss}.")
+    if t.method.name == "qlora":
+        raise NotCovered(f"method qlora is not in the ledger for {family} models.")
 
 
 # ---- embedding ----------------------------------------------------------------------------------------------------
 
 
 def embed_text(t: Operations, spec: Embedding) -> Tensor:
-    """Hidden states (B, S, H): words + types + positions, normalised and dropped out; the model keeps a name for them."""
+    """Hidden states (B, S, H): words + types + positions, normalised and dropped out.
+
+    The model keeps a name for them; ModernBERT, which has no table of positions, does not.
+    """
     x = _summed(t, spec)
-    t.model_locals.append(x.storage)
+    if spec.positions:
+        t.model_locals.append(x.storage)
     return x
 
 
@@ -48,7 +68,8 @@ def check_positions(t: Operations, spec: Embedding) -> None:
 
 
 def _summed(t: Operations, spec: Embedding) -> Tensor:
-    check_positions(t, spec)
+    if spec.positions:
+        check_positions(t, spec)
     size = t.dim("H", spec.size)
     t.module = spec.name
     rows_of = "B" if t.family in _COUNTS_POSITIONS else "1"
@@ -62,8 +83,9 @@ def _summed(t: Operations, spec: Embedding) -> Tensor:
     if kinds is not None:
         kind = _looked_up(t, spec.type_name, "types", spec.types, size, "B", kinds)
         x = t.add(words, kind)
-    place = _looked_up(t, spec.position_name, "positions", spec.positions, size, rows_of, ids)
-    x = t.add(x, place)
+    if spec.positions:
+        place = _looked_up(t, spec.position_name, "positions", spec.positions, size, rows_of, ids)
+        x = t.add(x, place)
     x = normalise(t, spec.norm, spec.norm_name, x)
     return t.dropout(x, spec.dropout)
 
@@ -82,6 +104,8 @@ def run_encoder_block(t: Operations, block: Block, x: Tensor) -> Tensor:
     assert isinstance(block.mixer, Attention) and isinstance(block.ffn, Mlp)
     if t.family == "distilbert":
         return _distilbert(t, block, block.mixer, block.ffn, x)
+    if t.family == "modernbert":
+        return _modernbert(t, block, block.mixer, block.ffn, x)
     attended, _weights = _attention(t, block, block.mixer, x)
     inner = t.linear(block.ffn.names[0], attended, t.dim("F", block.ffn.width), bias=True)
     inner = activate(t, block.ffn.activation, inner)
@@ -113,21 +137,39 @@ def _distilbert(t: Operations, block: Block, spec: Attention, mlp: Mlp, x: Tenso
     return normalise(t, block.norm, block.norm_names[1], t.add(inner, mixed))
 
 
+def _modernbert(t: Operations, block: Block, spec: Attention, mlp: Mlp, x: Tensor) -> Tensor:
+    """x + attention(norm(x)), and that + down(act(gate) * up) of its norm. The first block has no first norm."""
+    normed = normalise(t, block.norm, block.norm_names[0], x) if block.norm_names[0] else x
+    held = [normed]
+    del normed
+    mixed, _weights = _attended(t, spec, held, x.dims[-1])
+    x = t.add(x, mixed)
+    return t.add(x, _gated(t, mlp, normalise(t, block.norm, block.norm_names[1], x), x.dims[-1]))
+
+
+def _attended(t: Operations, spec: Attention, held: list[Tensor], hidden: str) -> tuple[Tensor, Tensor | None]:
+    result, weights = attend(t, spec, held[0], hidden)
+    held.clear()
+    return t.dropout(result, spec.dropout), weights
+
+
+def _gated(t: Operations, mlp: Mlp, x: Tensor, hidden: str) -> Tensor:
+    width = t.dim("F", mlp.width)
+    both = t.linear(mlp.names[0], x, t.dim("2F", 2 * mlp.width), bias=mlp.up_bias)
+    inner, gate = t.split(both, [(*x.dims[:-1], width)] * 2)
+    del both
+    inner = t.dropout(t.mul(activate(t, mlp.activation, inner), gate), mlp.dropout)
+    return t.linear(mlp.names[1], inner, hidden, bias=mlp.down_bias)
+
+
 # ---- head and loss ------------------------------------------------------------------------------------------------
 
 
 def trained_loss(t: Operations, head: Head, x: Tensor, variant: str) -> Tensor:
-    """Cross-entropy in the logits' own format: of the token at each position, or of one class for each example.
-
-    Raises NotCovered for losses that transformers has for decoders alone, and for other implementations' modules.
-    """
+    """Cross-entropy of the token at each position, or of one class for each example."""
     readout = head.readout
     assert readout is not None
-    if variant != "default" or t.profile.name != "transformers" or t.profile.kernels is not None:
-        raise NotCovered(
-            f"encoders are in the ledger with the default loss of plain transformers, not with loss {variant} "
-            f"of {t.profile.kernels or t.profile.name}."
-        )
+    check_setting(t, t.family, variant)
     t.module = readout.dense or readout.classifier
     labels = None
     if readout.task == "labels":
@@ -138,7 +180,7 @@ def trained_loss(t: Operations, head: Head, x: Tensor, variant: str) -> Tensor:
         x_ = x
     x_ = t.dropout(x_, readout.dropouts[0])
     if readout.dense:
-        x_ = t.linear(readout.dense, x_, x.dims[-1], bias=True)
+        x_ = t.linear(readout.dense, x_, x.dims[-1], bias=readout.dense_bias)
         x_ = activate(t, readout.activation, x_)
     if readout.norm is not None:
         x_ = normalise(t, readout.norm, readout.norm_name, x_)
@@ -149,4 +191,6 @@ def trained_loss(t: Operations, head: Head, x: Tensor, variant: str) -> Tensor:
         logits = project(t, head, x_)
     del x_
     t.module = "loss"
+    if readout.upcasts:
+        return cross_entropy(t, t.to(logits, "fp32"), labels)
     return cross_entropy(t, logits, labels)

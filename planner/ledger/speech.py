@@ -17,9 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from planner.errors import NotCovered
 from planner.ledger.attention import core_and_weights, eager_mask
-from planner.ledger.encoders import check_positions
+from planner.ledger.encoders import check_positions, check_setting
 from planner.ledger.loss_head import cross_entropy, project
 from planner.ledger.mlp import activate
 from planner.ledger.norm import normalise
@@ -42,10 +41,7 @@ def run_speech(
     Raises NotCovered for losses of decoders, for other implementations, and for packed weights.
     """
     assert shape.embedding is not None and shape.head is not None
-    if loss != "default" or t.profile.name != "transformers" or t.profile.kernels is not None:
-        raise NotCovered(f"{shape.model_type} is in the ledger with the default loss of plain transformers alone.")
-    if t.method.name == "qlora":
-        raise NotCovered(f"method qlora is not in the ledger for {shape.model_type} models.")
+    check_setting(t, shape.model_type, loss)
     t.family = shape.model_type
     t.dim("T", encoder.tokens)
     features = _spectrogram(t, encoder)

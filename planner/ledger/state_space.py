@@ -31,13 +31,14 @@ def mix_by_selective_scan(t: Operations, spec: Mamba1, x: Tensor, hidden: str) -
     batch, sequence = x.dims[:2]
     inner, state, rank = t.dim("I", spec.inner), t.dim("N", spec.state), t.dim("R", spec.dt_rank)
     projected = t.linear(f"{name}.in_proj", x, t.dim("2I", 2 * spec.inner), bias=spec.proj_bias)
-    projected = _permuted(t, projected, (batch, projected.dims[-1], sequence))
+    projected = _transposed(t, projected, (batch, projected.dims[-1], sequence))
     rates = _rates(t, name, (inner, state))
     stream, gate = t.split(projected, [(batch, inner, sequence)] * 2)
-    stream = _convolved(t, spec, stream)
     low = t.dim("R+2N", spec.dt_rank + 2 * spec.state)
+    stream, laid = _activated(t, name, _convolved(t, spec, stream), low)
     reads = [(batch, sequence, rank), (batch, sequence, state), (batch, sequence, state)]
-    step, into, out = t.split(t.linear(f"{name}.x_proj", t.copy(t.view(stream, (batch, sequence, inner))), low), reads)
+    step, into, out = t.split(t.linear(f"{name}.x_proj", laid, low), reads)
+    del laid
     if spec.norms != "none":
         norm = Norm(kind="rmsnorm", affine=spec.norms == "weighted")
         step = normalise(t, norm, f"{name}.dt_layernorm", step)
@@ -45,13 +46,42 @@ def mix_by_selective_scan(t: Operations, spec: Mamba1, x: Tensor, hidden: str) -
         out = normalise(t, norm, f"{name}.c_layernorm", out)
     t.module = f"{name}.dt_proj"
     raised = t.product(step, t.weight(f"{t.module}.weight", (inner, rank)), (batch, sequence, inner))
-    step = t.copy(_permuted(t, raised, stream.dims))
+    step = t.copy(_transposed(t, raised, stream.dims))
     del raised
     offset = _upcast(t, t.weight(f"{t.module}.bias", (inner,)))
     t.module = f"{name}.scan"
     core = _selective_scan(t, name, stream, step, offset, rates, into, out, gate)
-    core = t.to(t.view(core, (batch, sequence, inner)), dtype)
-    return t.linear(f"{name}.out_proj", t.copy(core), hidden, bias=spec.proj_bias)
+    core = t.view(core, (batch, sequence, inner))
+    if core.dtype != dtype:
+        (core,) = t.apply("to", [core], [((_several(t, batch), sequence, inner), dtype)])
+    return t.linear(f"{name}.out_proj", t.copy(t.view(core, (batch, sequence, inner))), hidden, bias=spec.proj_bias)
+
+
+def _several(t: Operations, batch: str) -> str:
+    """The batch dim of a copy that is made for several examples alone.
+
+    What is transposed to (B, I, S) is copied before the next matrix product; one example is read as it lies.
+    """
+    return t.dim("B if > 1", t.sizes[batch] * (t.sizes[batch] > 1))
+
+
+def _activated(t: Operations, name: str, x: Tensor, low: str) -> tuple[Tensor, Tensor]:
+    """silu(x), and the same in the order of x_proj's input: a copy for several examples, itself for one.
+
+    Where x_proj keeps it to the end, the one row that always exists is the copy; elsewhere it is silu's output.
+    """
+    batch, inner, sequence = x.dims
+    some, in_order = (_several(t, batch), inner, sequence), (batch, sequence, inner)
+    kept = t.enabled and t.weight(f"{name}.x_proj.weight", (low, inner)).trainable
+    (stream,) = t.apply("silu", [x], [(some if kept else x.dims, x.dtype)], saves=[x])
+    (copied,) = t.apply("copy", [stream], [(in_order if kept else some, x.dtype)], alias=True)
+    return t.view(stream, x.dims), t.view(copied, in_order)
+
+
+def _transposed(t: Operations, x: Tensor, dims: Dims) -> Tensor:
+    """The same memory in another order; the gradient is copied back into the first order, for several examples."""
+    copied = ((_several(t, x.dims[0]), *x.dims[1:]), x.dtype)
+    return t.apply("transpose", [x], [(dims, x.dtype)], view=True, backward_scratch=[copied])[0]
 
 
 def _selective_scan(
@@ -136,7 +166,8 @@ def mix_by_chunk_scan(t: Operations, spec: Mamba2, x: Tensor, hidden: str) -> Te
     projected = t.linear(f"{name}.in_proj", x, total, bias=spec.proj_bias)
     rates = _rates(t, name, (heads,))
     gate, stream, step = t.split(projected, [(*row, inner), (*row, wide), (*row, heads)])
-    stream = t.view(_convolved(t, spec, t.view(stream, (row[0], wide, row[1]))), (*row, wide))
+    stream = t.map("silu", _convolved(t, spec, t.view(stream, (row[0], wide, row[1]))))
+    stream = t.view(stream, (*row, wide))
     parts = t.split(stream, [(*row, inner), (*row, both), (*row, both)])
     t.module = f"{name}.scan"
     core = _chunk_scan(t, spec, parts, step, rates)
@@ -286,7 +317,7 @@ def _permuted(t: Operations, x: Tensor, dims: Dims) -> Tensor:
 
 
 def _convolved(t: Operations, spec: Mamba1 | Mamba2, x: Tensor) -> Tensor:
-    """silu of a causal depthwise convolution of x, (B, C, S), computed for K - 1 positions too many and cut."""
+    """A causal depthwise convolution of x, (B, C, S), computed for K - 1 positions too many and cut."""
     batch, channels, sequence = x.dims
     t.module = f"{spec.name}.conv1d"
     weights: list[Tensor | Parameter] = [t.weight(f"{t.module}.weight", (channels, "1", t.dim("K", spec.conv)))]
@@ -297,8 +328,7 @@ def _convolved(t: Operations, spec: Mamba1 | Mamba2, x: Tensor) -> Tensor:
     longer = t.dim("S+K-1", t.sizes[sequence] + spec.conv - 1)
     saves = [x, weights[0] if isinstance(weights[0], Tensor) else None]
     (result,) = t.apply("convolution", [x, *weights], [((batch, channels, longer), x.dtype)], saves=saves)
-    (result,) = t.slices(result, [x.dims])
-    return t.map("silu", result)
+    return t.slices(result, [x.dims])[0]
 
 
 _NORMS_TOGETHER = frozenset({"granitemoehybrid", "bamba"})  # one norm over all groups

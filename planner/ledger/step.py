@@ -22,7 +22,7 @@ from planner.ledger.attention_families import attention_of
 from planner.ledger.block import run_block
 from planner.ledger.embedding import embed
 from planner.ledger.encoder_decoder import encoder_of, run_encoder_decoder
-from planner.ledger.encoders import TEXT_ENCODERS, embed_text, trained_loss
+from planner.ledger.encoders import TEXT_ENCODERS, WITHOUT_MASKS, embed_text, trained_loss
 from planner.ledger.gathering import Gathering, ShardedOperations, Unit
 from planner.ledger.loss_head import loss_of
 from planner.ledger.megatron import megatron_block, megatron_embed, megatron_loss
@@ -163,7 +163,7 @@ def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
         t.virtual = partial(prepend_prompt, caller=caller)
     x = embed_image(t, shape, ids) if sees else _embedded(t, shape, text)
     _shared_tables(t, shape, x.dtype)
-    if t.family not in TEXT_ENCODERS and not sees:
+    if t.family not in WITHOUT_MASKS and not sees:
         shared_masks(t, shape, x.dtype)
     flow = [x]
     del x

@@ -305,10 +305,12 @@ class Readout:
     task: Literal["masked", "labels"]
     first: bool = False  # only the first position goes on
     dense: str = ""
+    dense_bias: bool = True
     activation: str = ""
     norm: Norm | None = None
     norm_name: str = ""
     dropouts: tuple[float, float] = (0.0, 0.0)  # before the dense layer, and before the output matrix
+    upcasts: bool = False  # logits turn to fp32 before the loss
     classes: int = 0
     classifier: str = ""  # the (classes, H) output matrix of `labels`
 

@@ -172,7 +172,7 @@ def test_every_moment_agrees_with_the_dry_run(case: tuple[str, dict[str, Any]]) 
     if variant.get("lora"):
         pytest.importorskip("peft")
         method = Method(name="lora", rank=16, targets=targets)
-        lora = {"r": 16, "target_modules": list(targets)}
+        lora = {"r": 16, "target_modules": list(targets), "task_type": None}
     shape = shape_from_config(config)
     batch = 8 if shape.image is not None else 2
     loss, inputs_bytes = _step(shape, batch, dtype)

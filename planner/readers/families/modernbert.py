@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from planner.ledger.weights.linear import linear_weights
 from planner.ledger.weights.norm import norm_weights
-from planner.model.shape import Attention, Block, Embedding, Head, Mlp, ModelShape, Norm
+from planner.model.shape import Attention, Block, Embedding, Head, Mlp, ModelShape, Norm, Readout
 from planner.readers.config_view import ConfigView
 from planner.readers.families.decoder import (
     FULL,
@@ -81,9 +81,20 @@ def _modernbert(view: ConfigView) -> ModelShape:
             name="decoder",
             extra=transform + norm_weights(norm, "head.norm", hidden),
         )
-    uncovered = ("dense layer and norm before the output matrix",) if base else ()
-    if dropout:
-        uncovered += ("dropout after the attention output",)
+    uncovered: tuple[str, ...] = ()
+    if base and view.bool("sparse_prediction", False):
+        uncovered = ("the loss on masked tokens alone",)
+    elif base:
+        readout = Readout(
+            task="masked",
+            dense="head.dense",
+            dense_bias=view.bool("classifier_bias", False),
+            activation=view.str("classifier_activation", "gelu"),
+            norm=norm,
+            norm_name="head.norm",
+            upcasts=True,
+        )
+        head = replace(head, readout=readout)
     return ModelShape(
         name="",
         model_type=view.owner,
