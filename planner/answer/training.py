@@ -150,6 +150,11 @@ def _inputs(shape: ModelShape, plan: TrainingPlan) -> tuple[str, ...]:
     """What one example is, where it is not a sequence of as many tokens as the plan says."""
     if shape.image is not None:
         channels, height, width = shape.image
+        if shape.tokens is None:
+            return (
+                f"micro_batch_size counts pairs of an image of {channels} x {height} x {width} pixels and a text of "
+                "sequence_length tokens",
+            )
         return (
             f"micro_batch_size counts images of {channels} x {height} x {width} pixels, {shape.tokens} tokens each; "
             "sequence_length does not apply",

@@ -21,7 +21,15 @@ from planner.ledger.profile import profile_named
 from planner.ledger.tape import Tensor
 from planner.model.shape import Attention, Block, Embedding, Head, Mlp
 
-__all__ = ["TEXT_ENCODERS", "WITHOUT_MASKS", "check_positions", "check_setting", "embed_text", "run_encoder_block", "trained_loss"]
+__all__ = [
+    "TEXT_ENCODERS",
+    "WITHOUT_MASKS",
+    "check_positions",
+    "check_setting",
+    "embed_text",
+    "run_encoder_block",
+    "trained_loss",
+]
 
 _COUNTS_POSITIONS = frozenset({"roberta", "xlm-roberta"})  # along each example, as padding has no position
 _POSITIONS_BEFORE_FIRST = dict.fromkeys(_COUNTS_POSITIONS, 2)  # pad_token_id 1: padding's row and one that is unused
@@ -36,7 +44,9 @@ def check_setting(t: Operations, family: str, loss: str) -> None:
     if t.profile.kernels is not None:
         used = f"the kernels of {t.profile.kernels}"
     if t.profile != newest:
-        raise NotCovered(f"{family} models are in the ledger as transformers {newest.version} runs them, not with {used}.")
+        raise NotCovered(
+            f"{family} models are in the ledger as transformers {newest.version} runs them, not with {used}."
+        )
     if loss != "default":
         raise NotCovered(f"{family} models are in the ledger with their default loss, not with {loss}.")
     if t.method.name == "qlora":
@@ -102,6 +112,8 @@ def _looked_up(t: Operations, name: str, letter: str, rows: int, size: str, batc
 def run_encoder_block(t: Operations, block: Block, x: Tensor) -> Tensor:
     """norm(x + attention(x)), and norm of that + feed-forward."""
     assert isinstance(block.mixer, Attention) and isinstance(block.ffn, Mlp)
+    if block.mixer.causal:
+        raise NotCovered(f"a {t.family} model as a decoder (is_decoder) is not in the ledger.")
     if t.family == "distilbert":
         return _distilbert(t, block, block.mixer, block.ffn, x)
     if t.family == "modernbert":

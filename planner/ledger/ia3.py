@@ -15,9 +15,11 @@ from planner.plan import Method
 
 __all__ = ["scale_input", "scale_output", "scales_input"]
 
-# The last product of each feed-forward: TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING in peft's constants.py.
+# The last product of each feed-forward: TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING in peft's constants.py,
+# and those of DistilBERT and ModernBERT, which it leaves to `feedforward_modules`.
 _FEED_FORWARD = (
     "down_proj", "fc2", "fc_out", "mlp.c_proj", "dense_4h_to_h", "output.dense", "w2", "wo",
+    "lin2", "mlp.Wo",
 )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from planner.ledger.operations import Operations
 from planner.ledger.tape import Node, Tensor
 from planner.model.shape import Attention, Block, Embedding, Mlp, ModelShape, Tower
 
-__all__ = ["run_speech"]
+__all__ = ["made_leaf", "run_speech"]
 
 FRAMES_PER_POSITION = 2  # the second convolution's stride
 KERNEL = 3
@@ -128,7 +128,7 @@ def _spectrogram(t: Operations, encoder: Tower) -> Tensor:
     return t.constant("input_features", ("B", t.dim("M", mels), frames), dtype)
 
 
-def _made_leaf(t: Operations, x: Tensor, live: list[Tensor]) -> None:
+def made_leaf(t: Operations, x: Tensor, live: list[Tensor]) -> None:
     """Make x need a gradient where none of its weights trains (enable_input_require_grads): it then stays to the end,
     and so does its gradient."""
     if t.inputs_require_grad and not x.requires_grad:
@@ -142,7 +142,7 @@ def _encoder_input(t: Operations, encoder: Tower, features: Tensor, live: list[T
     path = encoder.name.rpartition(".")[0]
     hidden, kernel = t.dim("H", encoder.hidden), t.dim("kernel", KERNEL)
     x = t.convolution(f"{path}.conv1", features, ("B", hidden, features.dims[2]), (hidden, features.dims[1], kernel))
-    _made_leaf(t, x, live)
+    made_leaf(t, x, live)
     x = activate(t, "gelu", x)
     x = t.convolution(f"{path}.conv2", x, ("B", hidden, "T"), (hidden, hidden, kernel))
     x = activate(t, "gelu", x)
@@ -163,7 +163,7 @@ def _decoder_input(t: Operations, spec: Embedding, ids: Tensor, live: list[Tenso
     t.module = spec.name
     table = t.weight(f"{spec.name}.weight", (t.dim("V", spec.rows), size))
     (tokens,) = t.apply("embedding", [table], [(("B", "S", size), table.dtype)], saves=[ids])
-    _made_leaf(t, tokens, live)
+    made_leaf(t, tokens, live)
     numbers = t.constant("position_ids", ("B", "S"), "int64")
     places = t.weight(f"{spec.position_name}.weight", (t.dim("positions", spec.positions), size))
     (place,) = t.apply("index", [places], [(("B", "S", size), places.dtype)], saves=[numbers])

@@ -20,6 +20,7 @@ from planner.ledger.adapters import adapter_for, is_target, preparation_for
 from planner.ledger.attention import rotary_tables, shared_masks
 from planner.ledger.attention_families import attention_of
 from planner.ledger.block import run_block
+from planner.ledger.contrastive import run_contrastive
 from planner.ledger.embedding import embed
 from planner.ledger.encoder_decoder import encoder_of, run_encoder_decoder
 from planner.ledger.encoders import TEXT_ENCODERS, WITHOUT_MASKS, embed_text, trained_loss
@@ -118,7 +119,7 @@ class StepRecord:
 def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
     """Record one pass. Raises NotCovered when the model has a part whose activations are not in the ledger."""
     check_method(shape, setting.method, setting.profile, sharded=setting.gathering is not None)
-    if shape.image is not None:
+    if shape.image is not None and shape.tokens is not None:
         setting = replace(setting, sequence_length=shape.tokens)
     t = _tape(shape, setting)
     if any(isinstance(block.mixer, Attention) and block.mixer.sinks for block in shape.blocks):
@@ -137,6 +138,14 @@ def record_step(shape: ModelShape, setting: Setting) -> StepRecord:
     if shape.embedding is not None:
         t.embedding_name = f"{shape.embedding.name}.weight"
     encoder = encoder_of(shape)
+    if shape.head is not None and shape.head.readout is not None and shape.head.readout.task == "pairs":
+        if setting.gathering is not None or setting.recompute.mode not in ("none", "full"):
+            raise NotCovered("models of two stacks are in the ledger without sharding, recomputed fully or not at all.")
+        live = [ids]
+        del ids
+        t.inputs_require_grad = setting.recompute.mode != "none" and _asks_inputs_for_gradients(setting)
+        layers, head = run_contrastive(t, shape, live, recomputed=_recomputes(setting.recompute), loss=setting.loss)
+        return _close(t, layers, head, live)
     beside = next((tower for tower in shape.towers if tower is not encoder), None)
     if beside is not None:
         raise NotCovered(f"activations of the {beside.role} tower {beside.name} are not in the ledger.")

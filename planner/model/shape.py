@@ -298,11 +298,12 @@ class Embedding:
 class Readout:
     """What an encoder makes of its last hidden states before the output matrix, and what it is trained on.
 
-    task: `masked`, the tokens at every position (masked language modelling); `labels`, one class for each example.
+    task: `masked`, the tokens at every position (masked language modelling); `labels`, one class for each example;
+        `pairs`, which image of the batch goes with which text (CLIP).
     dense, norm_name: a layer of size (H, H), followed by `activation`, and a layer norm after it; empty: none.
     """
 
-    task: Literal["masked", "labels"]
+    task: Literal["masked", "labels", "pairs"]
     first: bool = False  # only the first position goes on
     dense: str = ""
     dense_bias: bool = True
@@ -379,7 +380,7 @@ class ModelShape:
     assumed: tuple[str, ...] = ()  # "key=value" for sizes the config leaves to the defaults of the reference class
     quantization: str | None = None  # how the published checkpoint is quantised; shapes are those before it
     tokens: int | None = None  # positions of the main stack where the model fixes them (ViT: patches and class token)
-    image: tuple[int, int, int] | None = None  # channels, height and width where the main stack sees one image
+    image: tuple[int, int, int] | None = None  # channels, height and width where each example has one image
 
     def __hash__(self) -> int:
         """Of a few telling fields: equal shapes hash equally, and hashing a hundred blocks for a cache is not free."""

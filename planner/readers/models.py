@@ -20,6 +20,7 @@ __all__ = ["MASKED_CLASSES", "load_model", "load_trained_model"]
 MASKED_CLASSES = {
     "bert": "BertForMaskedLM",
     "distilbert": "DistilBertForMaskedLM",
+    "modernbert": "ModernBertForMaskedLM",
     "roberta": "RobertaForMaskedLM",
     "xlm-roberta": "XLMRobertaForMaskedLM",
 }

@@ -42,6 +42,21 @@ _WHISPER = {
 _DROPOUTS = {"dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.1}
 _VIT = {**_SIZES, "image_size": PIXELS, "patch_size": SIDE, "num_labels": 100}
 
+_MODERNBERT = {
+    **_SIZES,
+    "num_hidden_layers": 5,
+    "intermediate_size": 384,
+    "vocab_size": 2000,
+    **{key: _TOKENS[key] for key in ("pad_token_id", "bos_token_id", "eos_token_id")},
+    "cls_token_id": 1,
+    "sep_token_id": 2,
+}
+_CLIP = {
+    "projection_dim": 128,
+    "text_config": {**_SIZES, "vocab_size": 2000, "max_position_embeddings": LENGTH},
+    "vision_config": {**_SIZES, "hidden_size": 512, "image_size": PIXELS, "patch_size": SIDE},
+}
+
 # name: (configuration with its class, what LoRA is put on)
 FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "bert": ({"model_type": "bert", "architectures": ["BertForMaskedLM"], **_BERT}, ("query", "value")),
@@ -62,6 +77,20 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"model_type": "distilbert", "architectures": ["DistilBertForSequenceClassification"], **_DISTILBERT},
         ("q_lin", "v_lin"),
     ),
+    "modernbert": (
+        {"model_type": "modernbert", "architectures": ["ModernBertForMaskedLM"], **_MODERNBERT},
+        ("Wqkv",),
+    ),
+    "modernbert dropout": (
+        {
+            "model_type": "modernbert",
+            "architectures": ["ModernBertForMaskedLM"],
+            **_MODERNBERT,
+            **{f"{part}_dropout": 0.1 for part in ("attention", "mlp", "embedding")},
+        },
+        ("Wqkv",),
+    ),
+    "clip": ({"model_type": "clip", "architectures": ["CLIPModel"], **_CLIP}, ("q_proj", "v_proj")),
     "whisper": (
         {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"], **_WHISPER},
         ("q_proj", "v_proj"),
@@ -93,7 +122,10 @@ FURTHER: list[dict[str, Any]] = [
     {"dtype": "fp32", "autocast": "bf16", "recompute": True},
     {"dtype": "fp16"},
 ]
-WIDELY = ("bert", "distilbert", "whisper", "vit")
+WIDELY = ("bert", "distilbert", "modernbert", "whisper", "vit", "clip")
+# Recomputed blocks of two kinds each hold tables or masks: the dry run lets those of one kind go when the last block of
+# that kind has run backward, the ledger lets both go at the end.
+LOOSER = {"modernbert": 0.012, "modernbert dropout": 0.012}
 CASES = [(name, variant) for name in FAMILIES for variant in EVERYWHERE]
 CASES += [(name, variant) for name in WIDELY for variant in FURTHER]
 
@@ -127,7 +159,7 @@ def _levels(shape: ModelShape, batch: Any, method: Method, variant: dict[str, An
 
 def _step(shape: ModelShape, batch: int, dtype: str) -> tuple[Callable[[Any, Any], Any] | str, int]:
     """The loss of a step with inputs of the family's kind, and the bytes of inputs other than token ids."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     kept: dict[int, dict[str, Any]] = {}
 
@@ -144,8 +176,16 @@ def _step(shape: ModelShape, batch: int, dtype: str) -> tuple[Callable[[Any, Any
         return torch.empty(batch, dtype=torch.int64)
 
     ids_bytes = batch * LENGTH * 8
+    if shape.image is not None and shape.embedding is not None:
+
+        def paired(ids: Any) -> dict[str, Any]:
+            return {"input_ids": ids, "pixel_values": torch.empty(batch, 3, PIXELS, PIXELS, dtype=torch.float32)}
+
+        return of(lambda ids: paired(ids) | {"return_loss": True}), batch * 3 * PIXELS * PIXELS * 4 + ids_bytes
     if shape.image is not None:
-        images = of(lambda _: {"pixel_values": torch.empty(batch, *shape.image, dtype=torch.float32), "labels": labels()})
+        images = of(
+            lambda _: {"pixel_values": torch.empty(batch, 3, PIXELS, PIXELS, dtype=torch.float32), "labels": labels()}
+        )
         return images, batch * 3 * PIXELS * PIXELS * 4 + 512
     if shape.towers:
         wide = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
@@ -198,10 +238,11 @@ def test_every_moment_agrees_with_the_dry_run(case: tuple[str, dict[str, Any]]) 
     for moment in MOMENTS:
         real, level = run.moments[moment] - states_bytes, int(getattr(levels, moment))
         print(f"{name} {moment}: ledger {level:,} dry run {real:,} ratio {level / real:.6f}")
-        assert abs(level / real - 1) < TOLERANCE, moment
+        recomputed = LOOSER.get(name, TOLERANCE) if variant.get("recompute") else TOLERANCE
+        assert abs(level / real - 1) < recomputed, moment
 
 
-@pytest.mark.parametrize("name", ["bert", "whisper", "vit"])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "whisper", "vit", "clip"])
 def test_a_grid_of_batches_answers_as_each_batch_does(name: str) -> None:
     shape = shape_from_config(FAMILIES[name][0])
     batches = np.array([1, 3, 8])
@@ -235,6 +276,32 @@ def test_an_encoder_without_a_loss_is_refused_and_says_which_class_has_one() -> 
     shape = shape_from_config({"model_type": "bert", "architectures": ["BertModel"], **_BERT})
     with pytest.raises(NotCovered, match="BertForMaskedLM"):
         _levels(shape, 1, Method(), {})
+
+
+@pytest.mark.parametrize(
+    ("config", "method", "profile", "sentence"),
+    [
+        (FAMILIES["bert"][0] | {"is_decoder": True}, Method(), "5.23", "as a decoder"),
+        (FAMILIES["bert"][0], Method(name="qlora", targets=("query",)), "5.23", "qlora"),
+        (FAMILIES["vit"][0], Method(), "4.48", "transformers 4.46"),
+        (FAMILIES["whisper"][0], Method(), "4.48", "transformers 4.46"),
+        (FAMILIES["clip"][0], Method(), "4.48", "transformers 4.46"),
+        ({"model_type": "vit", "architectures": ["ViTModel"], **_VIT}, Method(), "5.23", "ViTForImageClassification"),
+    ],
+)
+def test_what_is_not_described_is_refused(config: dict[str, Any], method: Method, profile: str, sentence: str) -> None:
+    setting = Setting(
+        micro_batch_size=1,
+        sequence_length=64,
+        precision=Precision(),
+        method=method,
+        recompute=Recompute(mode="none"),
+        attention="sdpa",
+        loss="default",
+        profile=profile_named("transformers", profile),
+    )
+    with pytest.raises(NotCovered, match=sentence):
+        record_step(shape_from_config(config), setting)
 
 
 def test_an_encoder_that_names_no_class_trains_as_a_masked_language_model() -> None:

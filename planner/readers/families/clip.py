@@ -8,7 +8,7 @@ from __future__ import annotations
 from planner.ledger.weights.convolution import convolution_weights
 from planner.ledger.weights.linear import linear_weights
 from planner.ledger.weights.norm import norm_weights
-from planner.model.shape import Block, Embedding, Head, ModelShape, Tower
+from planner.model.shape import Block, Embedding, Head, ModelShape, Readout, Tower
 from planner.readers.config_view import ConfigView
 from planner.readers.families.decoder import LAYER_NORM, MOST_LAYERS, published_dtype, quantization_method
 from planner.readers.families.encoder import bidirectional_attention, parameter, plain_mlp, square_patches
@@ -71,6 +71,7 @@ def _clip(view: ConfigView) -> ModelShape:
     view.ignore("text_config_dict", "vision_config_dict", "logit_scale_init_value")
     text.ignore("projection_dim")
     tower = clip_vision_tower(vision, "vision_model")
+    pixels = vision.int("image_size", 224)
     hidden, positions = text.int("hidden_size", 512), text.int("max_position_embeddings", 77)
     shared = view.int("projection_dim", 512)
     embedding = Embedding(
@@ -92,14 +93,20 @@ def _clip(view: ConfigView) -> ModelShape:
         hidden=hidden,
         blocks=(block,) * text.int("num_hidden_layers", 12, maximum=MOST_LAYERS),
         embedding=embedding,
-        head=Head(rows=0, tied=False, norm=LAYER_NORM, norm_name="text_model.final_layer_norm"),
+        head=Head(
+            rows=0,
+            tied=False,
+            norm=LAYER_NORM,
+            norm_name="text_model.final_layer_norm",
+            readout=Readout(task="pairs"),
+        ),
         towers=(tower,),
         extra=extra,
         max_positions=positions,
         dtype=published_dtype(view),
         quantization=quantization_method(view),
         prefix="text_model.encoder.layers",
-        uncovered=("patch embedding of the image", "contrastive loss over the batch"),
+        image=(vision.int("num_channels", 3), pixels, pixels),
     )
 
 

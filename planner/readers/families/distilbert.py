@@ -49,7 +49,9 @@ def _distilbert(view: ConfigView) -> ModelShape:
     head, extra = Head(rows=0, tied=False), ()
     if kind == "DistilBertForMaskedLM":
         transform = dense_and_norm(hidden, "vocab_transform", "vocab_layer_norm")
-        readout = replace(masked_tokens("vocab_transform", "vocab_layer_norm"), activation=view.str("activation", "gelu"))
+        readout = replace(
+            masked_tokens("vocab_transform", "vocab_layer_norm"), activation=view.str("activation", "gelu")
+        )
         head = Head(rows=vocab, tied=tied, bias=True, name="vocab_projector", extra=transform, readout=readout)
     elif kind == "DistilBertForSequenceClassification":
         extra = dense_and_norm(hidden, "pre_classifier")
