@@ -60,12 +60,18 @@ def attend(
         query, key = rotate_both(t, spec, query, key)
     if t.past is not None:
         key, value = extend_with_prefix(t, key, value)
-    result, weights = _core(t, spec, query, key, value)
+    result, weights = _recomputed(t, spec, query, key, value) if t.selective else _core(t, spec, query, key, value)
     if gate is not None:
         result = t.mul(result, t.map("sigmoid", gate, saves="output"))
     result = t.linear(spec.out_name, result, hidden, bias=spec.out_bias)
     t.call_locals.clear()
     return result, weights
+
+
+def _recomputed(t: Operations, spec: Attention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
+    """The core under a checkpoint of its own: q, k and v are kept, and it runs again in backward (arXiv:2205.05198)."""
+    t.selected = True
+    return t.checkpoint(lambda query, key, value: core(t, spec, query, key, value), query, key, value), None
 
 
 def heads_merged(

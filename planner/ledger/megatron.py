@@ -74,6 +74,7 @@ def _attention(t: Operations, spec: Attention, x: Tensor) -> Tensor:
         return _core(t, spec, query, key, value)
 
     t.module = "attention"
+    t.selected = t.selective
     inner = t.checkpoint(core, query, key, value) if t.selective else core(query, key, value)
     del query, key, value
     return _row(t, "self_attention.dense", inner, x.dims[2], bias=spec.out_bias)

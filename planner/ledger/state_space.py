@@ -220,8 +220,8 @@ def _scan_chunks(t: Operations, values: Tensor, decay: Tensor, keys: Tensor, que
         C times state, for the decay                  (B, n, l, M, P)     1
         states, twice                                 (B, n, M, P, N)     (2 n + 1) / n
 
-    Where all positions fit into one chunk the values and states are read as they lie, and fewer copies pass by than
-    are stated here (2 % of the forward peak in the dry run's smallest models; what is kept is the same).
+    Where all positions fit into one chunk (n = 1) torch reads values and states as they lie, without the copies that
+    are stated here: then P M (N - l) fp32 values more are kept for each example, and less passes by.
     """
     batch, chunks, chunk, heads, size = values.dims
     state = keys.dims[-1]
@@ -333,11 +333,10 @@ def _convolved(t: Operations, spec: Mamba1 | Mamba2, x: Tensor) -> Tensor:
     """A causal depthwise convolution of x, (B, C, S), computed for K - 1 positions too many and cut."""
     batch, channels, sequence = x.dims
     t.module = f"{spec.name}.conv1d"
-    weights: list[Tensor | Parameter] = [t.weight(f"{t.module}.weight", (channels, "1", t.dim("K", spec.conv)))]
+    own = [t.weight(f"{t.module}.weight", (channels, "1", t.dim("K", spec.conv)))]
     if spec.conv_bias:
-        weights.append(t.weight(f"{t.module}.bias", (channels,)))
-    if t.compute is not None:
-        weights = [t.cast(weight) if weight.dtype != t.compute else weight for weight in weights]
+        own.append(t.weight(f"{t.module}.bias", (channels,)))
+    weights = [weight if t.compute in (None, weight.dtype) else t.cast(weight) for weight in own]
     longer = t.dim("S+K-1", t.sizes[sequence] + spec.conv - 1)
     saves = [x, weights[0] if isinstance(weights[0], Tensor) else None]
     (result,) = t.apply("convolution", [x, *weights], [((batch, channels, longer), x.dtype)], saves=saves)

@@ -223,9 +223,8 @@ def _buckets(plan: TrainingPlan, held: Held, engine: str, data: int) -> int:
     """
     if data == 1:
         return 0
-    gradients = gradient_bytes(held.gradients, plan.precision.gradients)
     if engine == "ddp":
-        return gradients
+        return gradient_bytes(held.gradients)
     if engine == "deepspeed" and plan.parallelism.zero in (1, 2):
         width = BITS[plan.precision.gradients] // 8
         bucket = plan.parallelism.bucket_bytes or DEEPSPEED_BUCKET_ELEMENTS * width
