@@ -1,6 +1,6 @@
 """How long an estimate takes, against two floors measured in the same run: importing numpy, and the dry run.
 
-    python benchmarks/estimate.py
+python benchmarks/estimate.py
 """
 
 from __future__ import annotations

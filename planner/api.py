@@ -64,4 +64,3 @@ def _with_targets(plan: TrainingPlan, shape: ModelShape) -> tuple[TrainingPlan, 
     targets = default_targets(shape, plan.method)
     method = replace(plan.method, targets=targets)
     return replace(plan, method=method), (f"{plan.method.name} on {', '.join(targets)}, {chosen_by(shape, method)}",)
-

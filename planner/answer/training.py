@@ -108,7 +108,12 @@ def answer_training(
         terms=terms,
         capacity=device.memory_capacity_bytes,
         verdict=verdict,
-        assumptions=(*_training_assumptions(plan), *_inputs(shape, plan), *notes, *(f"default: {field}" for field in defaults)),
+        assumptions=(
+            *_training_assumptions(plan),
+            *_inputs(shape, plan),
+            *notes,
+            *(f"default: {field}" for field in defaults),
+        ),
         warnings=(*model_warnings(shape), *_plan_warnings(plan), *NOT_MODELLED),
         next_commands=_next_training(plan, verdict),
     )

@@ -65,9 +65,7 @@ def _attention(t: Operations, spec: Attention, x: Tensor) -> Tensor:
     width, group = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     packed = _column(t, "self_attention.query_key_value", x, t.dim("QKV", width + 2 * group), bias=spec.q_bias)
     heads, groups, size = t.dim("A", spec.heads), t.dim("K", spec.kv_heads), t.dim("D", spec.head_dim)
-    query, key, value = t.split(
-        packed, [("B", heads, "S", size), ("B", groups, "S", size), ("B", groups, "S", size)]
-    )
+    query, key, value = t.split(packed, [("B", heads, "S", size), ("B", groups, "S", size), ("B", groups, "S", size)])
     del packed
 
     def core(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -45,7 +45,9 @@ class Operations(Tape):
     quantized: Callable[[str], bool] = lambda _: False
     adapter: Callable[[Operations, str, Tensor, str, Tensor], Tensor] | None = None
     method: Method = field(default_factory=Method)
-    prepare: Callable[[Operations, str, Tensor], tuple[Tensor, Tensor] | None] | None = None  # what scales a linear's input
+    prepare: Callable[[Operations, str, Tensor], tuple[Tensor, Tensor] | None] | None = (
+        None  # what scales a linear's input
+    )
     virtual: Callable[[Operations, Tensor], Tensor] | None = None  # puts virtual tokens before the embedded text
     past: tuple[Tensor, Tensor] | None = None  # keys and values that the running block finds in the cache
     cache: list[Storage] = field(default_factory=list)  # keys and values that a cache keeps until the loss is there

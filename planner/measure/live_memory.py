@@ -58,11 +58,12 @@ def _accumulates(args: Any) -> bool:
     would not.
     """
     first, second = args[0], args[1]
-    if (
-        not isinstance(first, FakeTensor)
-        or not isinstance(second, FakeTensor)
-        or sys._getframe(2).f_code.co_name != "_engine_run_backward"
-    ):
+    if not isinstance(first, FakeTensor) or not isinstance(second, FakeTensor):
+        return False
+    caller = sys._getframe(2)
+    while caller is not None and caller.f_code.co_name in ("_fn", "inner"):  # torch's wrappers of a dispatch mode
+        caller = caller.f_back
+    if caller is None or caller.f_code.co_name != "_engine_run_backward":
         return False
     with torch._C.DisableTorchFunction():
         holders = torch._C._storage_Use_Count(_untyped_storage(first)._cdata)

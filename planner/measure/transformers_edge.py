@@ -56,7 +56,9 @@ def build_causal_lm(config: Mapping[str, Any], *, layers: int | None = None) -> 
     if model_type in MASKED_CLASSES:
         stated = list(config.get("architectures") or [MASKED_CLASSES[model_type]])
         if stated[0] != MASKED_CLASSES[model_type]:
-            raise NotCovered(f"the dry run of a {model_type} model replays {MASKED_CLASSES[model_type]}, not {stated[0]}.")
+            raise NotCovered(
+                f"the dry run of a {model_type} model replays {MASKED_CLASSES[model_type]}, not {stated[0]}."
+            )
         return transformers.AutoModelForMaskedLM.from_config(built, **{name: torch.get_default_dtype()})
     if type(built) not in transformers.AutoModelForCausalLM._model_mapping:
         raise NotCovered(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.ledger.step import CATEGORIES, StepRecord, Stretch
+from planner.ledger.record import CATEGORIES, StepRecord, Stretch
 
 __all__ = ["PassLevels", "pass_levels"]
 

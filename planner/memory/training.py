@@ -13,7 +13,9 @@ from planner.ledger.arrangement import arranged, settled
 from planner.ledger.gathering import Gathering
 from planner.ledger.parameters import StateTensor, state_tensors
 from planner.ledger.profile import Profile, profile_named
-from planner.ledger.step import CATEGORIES, Setting, record_step
+from planner.ledger.record import CATEGORIES
+from planner.ledger.setting import Setting
+from planner.ledger.step import record_step
 from planner.ledger.tape import allocated_bytes
 from planner.memory.device import workspace_bytes
 from planner.memory.moments import PassLevels, pass_levels
@@ -117,7 +119,9 @@ def _covered(plan: TrainingPlan) -> None:
             f"which does not divide sequence_length {plan.data.sequence_length}."
         )
     if "parameters" in plan.offload and p.zero != 3:
-        raise PlanError(f"offload: parameters needs parallelism.zero 3, which gathers them block by block, not {p.zero}.")
+        raise PlanError(
+            f"offload: parameters needs parallelism.zero 3, which gathers them block by block, not {p.zero}."
+        )
     if plan.precision.compute == "fp8":
         raise NotCovered("precision fp8-mixed is not covered by the training memory of this version.")
 

@@ -1,11 +1,11 @@
 """Korthikanti et al. 2022 (arXiv:2205.05198), Table 2: activations of one transformer layer, from the ledger's rows.
 
-    none                         s b h (34 + 5 a s / h)
-    tensor                       s b h (10 + 24 / t + 5 a s / (h t))
-    tensor + sequence            s b h (34 / t + 5 a s / (h t))
-    tensor + selective           s b h (10 + 24 / t)
-    tensor + sequence + selective     34 s b h / t
-    full recomputation           s b h (2)
+none                         s b h (34 + 5 a s / h)
+tensor                       s b h (10 + 24 / t + 5 a s / (h t))
+tensor + sequence            s b h (34 / t + 5 a s / (h t))
+tensor + selective           s b h (10 + 24 / t)
+tensor + sequence + selective     34 s b h / t
+full recomputation           s b h (2)
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from collections.abc import Callable
 import pytest
 
 from planner.ledger.profile import profile_named
-from planner.ledger.step import Setting, record_step
+from planner.ledger.setting import Setting
+from planner.ledger.step import record_step
 from planner.model.shape import Attention, Block, Embedding, Head, Mlp, ModelShape, Norm
 from planner.model.tensor_parallel import local_shape
 from planner.plan import Method, Precision, Recompute
@@ -49,7 +50,12 @@ def gpt(heads: int, hidden: int, layers: int = 3) -> ModelShape:
             dropout=0.1,
         ),
         ffn=Mlp(
-            width=4 * hidden, gated=False, activation="gelu", names=("mlp.c_fc", "mlp.c_proj"), up_bias=True, down_bias=True
+            width=4 * hidden,
+            gated=False,
+            activation="gelu",
+            names=("mlp.c_fc", "mlp.c_proj"),
+            up_bias=True,
+            down_bias=True,
         ),
         norm=LAYER_NORM,
         dropout=0.1,

@@ -11,7 +11,8 @@ import pytest
 from planner.errors import NotCovered, PlanError
 from planner.ledger.parameters import state_tensors
 from planner.ledger.profile import profile_named
-from planner.ledger.step import Setting, record_step
+from planner.ledger.setting import Setting
+from planner.ledger.step import record_step
 from planner.memory.moments import PassLevels, pass_levels
 from planner.model.shape import ModelShape
 from planner.plan import Method, Precision, Recompute

@@ -15,7 +15,8 @@ import pytest
 from planner.errors import PlannerError
 from planner.ledger.parameters import state_tensors
 from planner.ledger.profile import profile_named
-from planner.ledger.step import Setting, record_step
+from planner.ledger.setting import Setting
+from planner.ledger.step import record_step
 from planner.memory.moments import pass_levels
 from planner.model.adapter_targets import default_targets
 from planner.plan import Method, Precision, Recompute

@@ -10,7 +10,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from planner.ledger.profile import profile_named
-from planner.ledger.step import Setting, record_step
+from planner.ledger.setting import Setting
+from planner.ledger.step import record_step
 from planner.measure.dry_run import replay_config
 from planner.memory.moments import pass_levels
 from planner.plan import Method, Precision, Recompute

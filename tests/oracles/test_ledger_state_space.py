@@ -14,7 +14,8 @@ import pytest
 
 from planner.errors import NotCovered
 from planner.ledger.profile import profile_named
-from planner.ledger.step import Setting, record_step
+from planner.ledger.setting import Setting
+from planner.ledger.step import record_step
 from planner.memory.moments import pass_levels
 from planner.plan import Method, Precision, Recompute
 from planner.readers.hf_config import shape_from_config

@@ -10,7 +10,7 @@ pytest.importorskip("plotly")
 
 import planner
 from planner import figures, tables
-from planner.ledger.step import CATEGORIES
+from planner.ledger.record import CATEGORIES
 from planner.units import format_bytes
 
 PLAN = {

@@ -11,7 +11,9 @@ import pytest
 from planner.errors import NotCovered, PlanError
 from planner.ledger.parameters import state_tensors
 from planner.ledger.profile import profile_named
-from planner.ledger.step import Setting, StepRecord, record_step
+from planner.ledger.record import StepRecord
+from planner.ledger.setting import Setting
+from planner.ledger.step import record_step
 from planner.ledger.targets import check_method, check_targets
 from planner.memory.moments import pass_levels
 from planner.model.adapter_targets import chosen_by, default_targets

@@ -9,9 +9,7 @@ from planner.ledger.parameters import StateTensor
 from planner.memory.optimizers import OPTIMIZERS, optimizer_bytes
 from planner.plan import Optimizer
 
-MATRIX = StateTensor(
-    name="w", shape=(4096, 1024), kind="linear", dtype="fp32", trainable=True, repeat=3, unit="block"
-)
+MATRIX = StateTensor(name="w", shape=(4096, 1024), kind="linear", dtype="fp32", trainable=True, repeat=3, unit="block")
 VECTOR = StateTensor(name="b", shape=(1024,), kind="bias", dtype="fp32", trainable=True, repeat=3, unit="block")
 FROZEN = StateTensor(name="f", shape=(9999, 99), kind="linear", dtype="fp32", trainable=False, repeat=1, unit="root")
 N, V = 4096 * 1024, 1024

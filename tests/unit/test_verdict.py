@@ -23,7 +23,12 @@ TERMS = (term("allocator_slack", 0, 2, 6), term("cuda_context", 0.4, 0.75, 1.8))
 
 @pytest.mark.parametrize(
     ("peak", "outcome", "word"),
-    [(10, "fits", "Fits"), (20.5, "tight", "Tight"), (23.5, "does_not_fit", "Does not fit"), (99, "does_not_fit", "75.7")],
+    [
+        (10, "fits", "Fits"),
+        (20.5, "tight", "Tight"),
+        (23.5, "does_not_fit", "Does not fit"),
+        (99, "does_not_fit", "75.7"),
+    ],
 )
 def test_outcomes_on_a_24_gib_card(peak: float, outcome: str, word: str) -> None:
     verdict = verdict_of(int(peak * GIB), TERMS, 24 * GIB, moment="backward_peak")

@@ -36,9 +36,7 @@ def _stack(view: ConfigView, trunk: Trunk, mixer: Mamba1 | Mamba2) -> ModelShape
     for keys in _NO_TENSORS.values():
         view.ignore(*keys)
     upcast = view.bool("residual_in_fp32", True)
-    block = Block(
-        mixer=mixer, ffn=None, residual="single", norm=RMS_NORM, norm_names=("norm",), residual_fp32=upcast
-    )
+    block = Block(mixer=mixer, ffn=None, residual="single", norm=RMS_NORM, norm_names=("norm",), residual_fp32=upcast)
     return assemble(
         view,
         trunk,
