@@ -418,7 +418,11 @@ def trace(model_or_plan: Any, *, model: torch.nn.Module | None = None, **options
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     copied = _shapes_of(model)
     materialise(copied, mode)
-    return replay(lambda memory: model_or_plan(copied, memory.mark), model=copied, mode=mode, **options)
+
+    def step(memory: LiveMemory) -> None:
+        model_or_plan(copied, memory.mark)
+
+    return replay(step, model=copied, mode=mode, **options)
 
 
 def _shapes_of(module: torch.nn.Module) -> torch.nn.Module:
