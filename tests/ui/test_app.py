@@ -136,7 +136,8 @@ def test_an_unknown_model_is_fetched_only_when_asked_for(monkeypatch: pytest.Mon
             raise UnknownName("gpt2-xl is not known.")
         return real("gpt2")
 
-    monkeypatch.setattr("planner.readers.models.load_model", load_model)
+    for place in ("planner.api.load_model", "planner.readers.models.load_model"):
+        monkeypatch.setattr(place, load_model)
     app = opened(model="gpt2-xl")
     assert refusals(app) and not any(asked)
     app.button(key="fetch").click().run()
@@ -150,7 +151,8 @@ def test_a_model_that_cannot_be_fetched_says_why(monkeypatch: pytest.MonkeyPatch
     def load_model(model: Any, *, fetch: bool = False) -> Any:
         raise SourceUnavailable("the hub is out of reach") if fetch else UnknownName(f"{model} is not known")
 
-    monkeypatch.setattr("planner.readers.models.load_model", load_model)
+    for place in ("planner.api.load_model", "planner.readers.models.load_model"):
+        monkeypatch.setattr(place, load_model)
     app = opened(model="gpt2-xl")
     app.button(key="fetch").click().run()
     assert not app.exception
