@@ -11,8 +11,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from planner.errors import NotCovered
-from planner.ledger.attention import attend_fused, dense_copy, eager_mask, merged_width, rotate_both, turn
+from planner.ledger.attention_kernels import attend_fused, dense_copy, merged_width
+from planner.ledger.masks import eager_mask
 from planner.ledger.operations import Operations
+from planner.ledger.rotary import rotate_both, turn
 from planner.ledger.tape import Tensor
 from planner.model.shape import Attention
 

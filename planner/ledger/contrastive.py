@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from planner.ledger.attention import eager_mask
 from planner.ledger.block import run_block
 from planner.ledger.encoders import check_positions, check_setting
 from planner.ledger.loss_head import cross_entropy
+from planner.ledger.masks import eager_mask
 from planner.ledger.norm import normalise
 from planner.ledger.operations import Operations
 from planner.ledger.speech import made_leaf

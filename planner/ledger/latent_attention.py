@@ -11,7 +11,7 @@ Letters: B batch, S sequence, H hidden, A heads, N unrotated and R rotated eleme
 from __future__ import annotations
 
 from planner.errors import NotCovered
-from planner.ledger.attention import core, merged_width
+from planner.ledger.attention_kernels import core, merged_width
 from planner.ledger.norm import normalise
 from planner.ledger.operations import Operations
 from planner.ledger.tape import Dims, Tensor

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from planner.ledger.attention import attend_fused, merged_width
+from planner.ledger.attention_kernels import attend_fused, merged_width
 from planner.ledger.mlp import activate
 from planner.ledger.norm import normalise
 from planner.ledger.operations import Operations

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from planner.ledger.attention import core_and_weights, eager_mask
+from planner.ledger.attention_kernels import core_and_weights
 from planner.ledger.encoders import check_positions, check_setting
 from planner.ledger.loss_head import cross_entropy, project
+from planner.ledger.masks import eager_mask
 from planner.ledger.mlp import activate
 from planner.ledger.norm import normalise
 from planner.ledger.operations import Operations

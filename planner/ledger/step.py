@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 
 from planner.errors import NotCovered
-from planner.ledger.attention import rotary_tables, shared_masks
 from planner.ledger.attention_families import attention_of
 from planner.ledger.contrastive import run_contrastive
 from planner.ledger.embedding import embed
@@ -19,12 +18,14 @@ from planner.ledger.encoder_decoder import encoder_of, run_encoder_decoder
 from planner.ledger.encoders import TEXT_ENCODERS, WITHOUT_MASKS, embed_text, trained_loss
 from planner.ledger.gathering import ShardedOperations
 from planner.ledger.loss_head import loss_of
+from planner.ledger.masks import shared_masks
 from planner.ledger.megatron import megatron_embed, megatron_loss
 from planner.ledger.norm import normalise
 from planner.ledger.operations import Operations
 from planner.ledger.parameters import state_tensors
 from planner.ledger.prompt_tuning import make_prefix, prepend_prompt
 from planner.ledger.record import StepRecord, cut
+from planner.ledger.rotary import rotary_tables
 from planner.ledger.setting import Setting, asks_inputs_for_gradients, recomputes, tape_for, unit_of
 from planner.ledger.speech import run_speech
 from planner.ledger.stack import run_blocks

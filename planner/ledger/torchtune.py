@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from planner.errors import NotCovered
-from planner.ledger.attention import attend_fused
+from planner.ledger.attention_kernels import attend_fused
 from planner.ledger.mlp import feed_forward
 from planner.ledger.norm import normalise
 from planner.ledger.operations import Operations
