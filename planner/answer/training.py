@@ -175,7 +175,9 @@ def _inputs(shape: ModelShape, plan: TrainingPlan) -> tuple[str, ...]:
 def _plan_warnings(plan: TrainingPlan) -> tuple[str, ...]:
     """What the plan asks for and the ledger answers only from one side."""
     if plan.implementation.compiled:
-        return ("compiled: what torch.compile fuses away is not in the ledger; this is the eager modules' need.",)
+        return (
+            "compiled: what torch.compile fuses away inside blocks is not in the ledger; blocks are the eager modules'.",
+        )
     return ()
 
 

@@ -18,7 +18,12 @@ from collections.abc import Callable
 import numpy as np
 
 from planner.errors import NotCovered
-from planner.ledger.fused_loss import cut_cross_entropy, fused_cross_entropy, fused_linear_cross_entropy
+from planner.ledger.fused_loss import (
+    compiled_cross_entropy,
+    cut_cross_entropy,
+    fused_cross_entropy,
+    fused_linear_cross_entropy,
+)
 from planner.ledger.operations import Operations
 from planner.ledger.tape import Parameter, Tensor
 from planner.model.shape import Head
@@ -162,14 +167,15 @@ def _cut(t: Operations, head: Head, x: Tensor) -> Tensor:
 def _torchtune_chunks(t: Operations, head: Head, x: Tensor, loss: CrossEntropy) -> Tensor:
     """The projection of eight chunks of positions, then for each its fp32 copy and loss.
 
-    torchtune/modules/transformer.py chunked_output; modules/loss/ce_chunked_output_loss.py.
+    torchtune/modules/transformer.py chunked_output; modules/loss/ce_chunked_output_loss.py, whose compiled form (its
+    apply_compile_strategy) takes the chunk as it is.
     """
     size = -(-t.sizes["S"] // TORCHTUNE_CHUNKS)
     chunks = [logits_of(t, head, part) for part in _chunks(t, x, size, TORCHTUNE_CHUNKS)]
     labels = t.constant("labels", ("B", "S"), "int64")
     total = None
     for chunk in chunks:
-        part = loss(t, t.to(chunk, "fp32"), labels)
+        part = compiled_cross_entropy(t, chunk, labels) if t.compiled else loss(t, t.to(chunk, "fp32"), labels)
         total = part if total is None else t.add(total, part)
         del part
     assert total is not None

@@ -68,6 +68,7 @@ class Operations(Tape):
     tensor: int = 1  # ranks of the tensor-parallel group; sizes are one rank's already
     sequence_parallel: bool = False
     selective: bool = False  # the attention core alone runs again in backward
+    compiled: bool = False  # torch.compile on the loss
     selected: bool = False  # whether a program has run a core that way
     returned: list[Tensor] = field(default_factory=list)  # attention weights that the last block handed to the model
     call_locals: list[Tensor] = field(default_factory=list)  # further local variables of the running attention module

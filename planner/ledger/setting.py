@@ -34,6 +34,7 @@ class Setting:
     lengths: str = "constant"
     gathering: Gathering | None = None
     tensor: int = 1
+    compiled: bool = False
     sequence_parallel: bool = False
 
 
@@ -80,6 +81,7 @@ def tape_for(shape: ModelShape, setting: Setting) -> ShardedOperations:
         profile=setting.profile,
         attention=setting.attention,
         tensor=setting.tensor,
+        compiled=setting.compiled,
         sequence_parallel=setting.sequence_parallel,
         selective=setting.recompute.mode == "selective",
         weight_dtype=lambda name: "fp32" if norms_upcast and ("norm" in name or ".ln_" in name) else base,

@@ -159,6 +159,7 @@ def _setting(plan: TrainingPlan, profile: Profile, engine: str, data: int, persi
         offload_activations="activations" in plan.offload,
         gathering=gathering,
         tensor=plan.parallelism.tensor,
+        compiled=plan.implementation.compiled,
         sequence_parallel=plan.parallelism.sequence_parallel and plan.parallelism.tensor > 1,
     )
 

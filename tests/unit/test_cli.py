@@ -310,7 +310,13 @@ def start_planner(*arguments: str, encoding: str = "utf-8") -> subprocess.Popen[
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=os.environ | settings,
+        preexec_fn=hears_interrupts,
     )
+
+
+def hears_interrupts() -> None:
+    """A background job of a shell is started deaf to SIGINT, and would hand that down."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_closed_pipe_is_quiet() -> None:
@@ -324,7 +330,7 @@ def test_closed_pipe_is_quiet() -> None:
 
 def test_interrupted_process_is_quiet() -> None:
     process = start_planner("estimate", "-")
-    time.sleep(1.0)  # until it waits for its standard input
+    time.sleep(3.0)  # until it waits for its standard input
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (out, err, process.returncode) == (b"", b"", 130)
