@@ -181,8 +181,8 @@ class Tape:
         held = [self.allocate(operator, dims, dtype) for dims, dtype in scratch]
         results = []
         for position, (dims, dtype) in enumerate(outputs):
-            shares = view or in_place
-            storage = inputs[0].storage if shares else self.allocate(operator, dims, dtype)  # type: ignore[union-attr]
+            source = inputs[0] if view or in_place else None
+            storage = source.storage if isinstance(source, Tensor) else self.allocate(operator, dims, dtype)
             results.append(Tensor(storage, dims, dtype, requires_grad=requires_grad, node=node, output=position))
         if node is not None:
             node.scratch, node.first = tuple(backward_scratch), tuple(backward_first)
